@@ -1,0 +1,89 @@
+"""What every command of this project shares: one-line errors, and files that appear whole or not at all."""
+
+import argparse
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+import sys
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message says what is wrong, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are `UserError`s, so that a wrong option also ends in one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def run_command(main):
+    """Calls `main()`; what a user or a machine can cause ends as `error: ...` on stderr with exit status 2."""
+    try:
+        main()
+    except BrokenPipeError:  # `python sample.py ... | head`: nobody is left to read a message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except UserError as e:
+        message = str(e)
+    except OSError as e:
+        where = f": {e.filename}" if e.filename else ""
+        advice = "; free some space or choose another folder" if e.errno == errno.ENOSPC else ""
+        message = f"{e.strerror or e}{where}{advice}"
+    except (torch.OutOfMemoryError, MemoryError):
+        message = "out of memory; lower --batch-size or --max-length, or choose a smaller model"
+    except RuntimeError as e:  # the CPU allocator and safetensors report the machine's limits as RuntimeErrors
+        if "can't allocate memory" in str(e):
+            message = "out of memory; lower --batch-size or --max-length, or choose a smaller model"
+        elif "No space left" in str(e):
+            message = "no space left on the device; free some space or choose another folder"
+        else:
+            raise
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Yields a path beside `path` to write a file or folder to; renamed to `path` on success, removed on failure.
+
+    An existing `path` is replaced, and stays as it was until then: a crash leaves either the old or the new one.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    _remove(beside)
+    try:
+        yield beside
+        for file in [beside] if beside.is_file() else beside.iterdir():  # on the disk before it bears the name
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        if path.is_dir():  # a folder cannot be renamed onto a full one
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.rename(path, old)
+            os.rename(beside, path)
+            _remove(old)
+        else:
+            os.replace(beside, path)
+    finally:
+        _remove(beside)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

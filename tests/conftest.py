@@ -1,0 +1,42 @@
+"""What all tests share: the hypothesis profile, the material in ../shared/data, and what may be skipped."""
+
+import os
+import pathlib
+import sys
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Time never decides a test, and a failing example prints what reproduces it.
+hypothesis.settings.register_profile("qalora", deadline=None, print_blob=True, max_examples=50,
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("qalora")
+torch.set_num_threads(2)
+
+MAY_SKIP = ("needs a GPU", "needs ../shared/data")
+
+
+@pytest.fixture(scope="session")
+def material():
+    """A function from a name to its path in ../shared/data; the test is skipped where that is missing."""
+    def find(name):
+        path = ROOT.parent / "shared" / "data" / name
+        if not path.exists():
+            pytest.skip(f"needs ../shared/data/{name}")
+        return path
+    return find
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Under CI, a test skipped for any reason but those in MAY_SKIP has failed."""
+    report = yield
+    if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(MAY_SKIP):
+            report.outcome, report.longrepr = "failed", f"skipped under CI: {reason}"
+    return report
