@@ -1,0 +1,89 @@
+"""Folding adapters into the quantized model: offset <- offset + s * B @ A, and nothing else changes.
+
+    python merge.py runs/7b --out merged/7b
+
+The result has the same codes and scales, needs no adapter, and returns the same bits as the adapted model.
+"""
+
+import pathlib
+import shutil
+
+from cli import Parser, UserError, run_command, written_whole
+from llama import load_pretrained, save_pretrained
+from qalora import LoRALinear, QALoRALinear, load_adapter
+from quant import QuantLinear, load_quantized, quantization_of, save_quantized
+
+
+def merge(module):
+    """Replaces every adapted layer in `module` by its merged one, in place; returns the module.
+
+    An adapted layer itself is returned merged. Raises UserError when there is no adapter.
+    """
+    if isinstance(module, (QALoRALinear, LoRALinear)):
+        return module.merged()
+    adapted = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, (QALoRALinear, LoRALinear))]
+    if not adapted:
+        raise UserError("there is no adapter to merge")
+    for name, layer in adapted:
+        module.set_submodule(name, layer.merged())
+    return module
+
+
+def load_model(folder, dtype=None, device="cpu"):
+    """The Llama of any folder: float, quantized or merged, or of a run (its base and adapter, merged in memory).
+
+    dtype: what the float parts are cast to; None keeps what is stored. Raises UserError when the folder holds no
+    model, a run is not finished, or a run's adapter was trained over another base than the one beside it.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; name a folder with a model or a run")
+    if (folder / "run.json").exists():
+        return load_run(folder, dtype, device)
+    load = load_pretrained if quantization_of(folder) is None else load_quantized
+    return load(folder, dtype, device)
+
+
+def load_run(run, dtype=None, device="cpu"):
+    """A run's base with the run's adapter merged into it; errors as for `load_model`."""
+    if not (run / "adapter").is_dir():
+        raise UserError(f"{run} has no finished adapter yet; go on with train.py --resume --out {run}")
+    model = load_model(run / "base", dtype, device)
+    settings = load_adapter(model, run / "adapter")
+    found = quantization_of(run / "base")["sha256"]
+    if settings["base"] != found:
+        raise UserError(f"{run}/adapter was trained over the base {settings['base'][:12]}, but {run}/base is "
+                        f"{found[:12]}: merged, they would be wrong; train again with --fresh")
+    return merge(model)
+
+
+def check_new(folder):
+    """Raises UserError unless `folder` is missing or empty: what is there may be somebody's only copy."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty; remove it or choose another --out")
+
+
+def save_merged(model, run, folder):
+    """Writes a merged model and the tokenizer of its run as a model folder that every script here accepts."""
+    with written_whole(folder) as beside:
+        beside.mkdir()
+        shutil.copyfile(run / "base" / "tokenizer.model", beside / "tokenizer.model")
+        quantized = any(isinstance(layer, QuantLinear) for layer in model.modules())
+        (save_quantized if quantized else save_pretrained)(model, beside)
+
+
+def main():
+    parser = Parser(prog="merge.py", description=__doc__)
+    parser.add_argument("run", type=pathlib.Path, help="the folder of a finished run of train.py")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the merged model")
+    args = parser.parse_args()
+    if not (args.run / "run.json").exists():
+        raise UserError(f"{args.run} is no run of train.py (it has no run.json): there is no adapter to merge")
+    check_new(args.out)
+    model = load_run(args.run)
+    save_merged(model, args.run, args.out)
+    print(f"merged {args.run} into {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,134 @@
+"""QA-LoRA (Xu et al., ICLR 2024): low-rank adapters that live on the quantizer's groups, and the LoRA baseline.
+
+LoRA adds s * B @ A @ x to a layer, with A as wide as the input. QA-LoRA lets A see only the sum of x over each group
+of the quantizer, so that all the adapter can do is move each group's offset by s * B @ A. The layer below computes
+that moved offset and multiplies by it; merging keeps it. Both use the same numbers in the same operations, so the
+merged model returns the same bits.
+"""
+
+import json
+import math
+import pathlib
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cli import UserError, written_whole
+from llama import LINEARS
+from quant import QuantLinear, quant_matmul
+
+
+class QALoRALinear(nn.Module):
+    """A packed linear layer with a trainable low-rank change of its offsets.
+
+    y = x @ (scale * codes + offset + s * B @ A, per group)ᵀ
+      = x @ (scale * codes + offset)ᵀ + s * pool(x) @ Aᵀ @ Bᵀ      pool(x)[p] = the sum of x over group p
+    with lora_A [R, G], lora_B [O, R], s = alpha / rank: equation 2 and algorithm 1 of the paper.
+    """
+
+    def __init__(self, base: QuantLinear, rank, alpha):
+        super().__init__()
+        out_features, groups = base.scale.shape
+        self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
+        self.lora_A, self.lora_B = _adapter(rank, groups, out_features, base.offset.device)
+
+    def effective_offset(self):
+        """offset + s * B @ A, float32 [O, G]. The forward pass and the merge both take it from here."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.base.offset + self.scaling * (self.lora_B.float() @ self.lora_A.float())
+
+    def forward(self, x):  # [..., I] -> [..., O]
+        base = self.base
+        return quant_matmul(x, base.packed, base.scale, self.effective_offset(), base.bits)
+
+    @torch.no_grad()
+    def merged(self):
+        """The base layer, its offsets replaced by the effective ones."""
+        self.base.offset = self.effective_offset()
+        return self.base
+
+
+class LoRALinear(nn.Module):
+    """LoRA (Hu et al., 2021), the baseline: y = base(x) + s * x @ Aᵀ @ Bᵀ, with lora_A [R, I], lora_B [O, R]."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
+        self.lora_A, self.lora_B = _adapter(rank, base.in_features, base.out_features, next(base.parameters()).device)
+
+    def forward(self, x):  # [..., I] -> [..., O]
+        low_rank = x.to(self.lora_A.dtype) @ self.lora_A.t() @ self.lora_B.t()
+        return self.base(x) + (self.scaling * low_rank).to(x.dtype)
+
+    @torch.no_grad()
+    def merged(self):
+        """The base layer, its weight replaced by W + s * B @ A."""
+        weight = self.base.weight
+        self.base.weight = nn.Parameter((weight + self.scaling * self.lora_B @ self.lora_A).to(weight.dtype), False)
+        return self.base
+
+
+def _adapter(rank, in_features, out_features, device):  # A random, B zero: at first the adapter changes nothing
+    a = torch.empty(rank, in_features, dtype=torch.float32, device=device)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return nn.Parameter(a), nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
+
+
+def add_adapters(model, rank, alpha, targets=LINEARS):
+    """Freezes `model` and replaces its linear layers named in `targets` by adapted ones, in place; returns the model.
+
+    A QuantLinear becomes a QALoRALinear, a float linear a LoRALinear. Raises UserError for a name that is none of the
+    seven linears of a block.
+    """
+    for name in targets:
+        if name not in LINEARS:
+            raise UserError(f"--targets names {name!r}; the linear layers of a block are {', '.join(LINEARS)}")
+    model.requires_grad_(False)
+    for name, layer in list(model.named_modules()):
+        if name.rpartition(".")[2] in targets:
+            adapted = QALoRALinear if isinstance(layer, QuantLinear) else LoRALinear
+            model.set_submodule(name, adapted(layer, rank, alpha))
+    return model
+
+
+def adapter_parameters(model):
+    """The trainable parameters by name, {"model.layers.0.self_attn.q_proj.lora_A": parameter, ...}."""
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in ("lora_A", "lora_B")}
+
+
+def save_adapter(model, folder, **origin):
+    """Writes adapter.safetensors and adapter.json (rank, alpha, targets and what `origin` adds) into a new folder."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (QALoRALinear, LoRALinear))}
+    first = next(iter(layers.values()))
+    targets = sorted({name.rpartition(".")[2] for name in layers}, key=LINEARS.index)
+    settings = {"rank": first.rank, "alpha": first.alpha, "targets": targets, **origin}
+    with written_whole(folder) as beside:
+        beside.mkdir()
+        tensors = {name: p.detach().cpu().contiguous() for name, p in adapter_parameters(model).items()}
+        save_file(tensors, beside / "adapter.safetensors")
+        (beside / "adapter.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load_adapter(model, folder):
+    """Adds the adapters kept in `folder` to `model`; returns what adapter.json says.
+
+    Raises UserError when a file is missing or damaged, or a tensor does not fit the model: an adapter trained over
+    other groups has no meaning here.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        settings = json.loads((folder / "adapter.json").read_text())
+        tensors = load_file(folder / "adapter.safetensors")
+        add_adapters(model, settings["rank"], settings["alpha"], settings["targets"])
+    except (ValueError, KeyError, SafetensorError) as e:
+        raise UserError(f"{folder} holds no readable adapter ({type(e).__name__}: {e}); train it again") from e
+    parameters = adapter_parameters(model)
+    for name in sorted(parameters.keys() | tensors.keys()):
+        wanted, found = ([*t[name].shape] if name in t else None for t in (parameters, tensors))
+        if wanted != found:
+            raise UserError(f"{folder}/adapter.safetensors: {name} is {found or 'missing'} where the model needs "
+                            f"{wanted or 'none'}; it belongs to a model with other layers or another group size")
+        parameters[name].data.copy_(tensors[name])
+    return settings

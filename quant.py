@@ -1,0 +1,454 @@
+"""Group quantization: every weight is `scale * code + offset`, scale and offset shared by a group of inputs.
+
+A row of a weight matrix is cut into groups of `group_size` consecutive inputs. Each group keeps a float16 scale, a
+float32 offset and one 2-, 3- or 4-bit code a weight. The offset is a real number (the paper's `zero` in another form:
+offset = -scale * zero), and that is what lets QA-LoRA fold an adapter into it without loss.
+
+In reading order: packing codes; choosing scales and codes (RTN, GPTQ); multiplying by a packed matrix; the layer;
+quantizing a whole model block by block; the folder it is kept in.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from cli import UserError, written_whole
+from llama import LINEARS, Llama, fill, open_file, read_config, rotary_table, write_config
+
+ROWS_AT_A_TIME = 256  # so many unpacked rows stay in a core's cache; the dense matrix never exists as a whole
+
+
+# ---- codes of 2, 3 or 4 bits, packed at exactly that cost
+
+def packed_width(in_features, bits):
+    """Bytes that a row of `in_features` codes takes: `bits` a code, the row padded to a multiple of 32 codes."""
+    assert bits in (2, 3, 4), f"bits must be 2, 3 or 4, not {bits}"
+    return -(-in_features // 32) * 4 * bits
+
+
+def pack(codes_OI, bits):
+    """Packs uint8 codes [O, I], all below 2^bits, into uint8 [O, packed_width(I, bits)].
+
+    A row's bytes are planes. With n the row length padded to a multiple of 32, byte j holds: at 4 bits, code j in its
+    low half and code j + n/2 in its high half; at 2 bits, the codes j, j + n/4, j + n/2 and j + 3n/4, lowest first; at
+    3 bits, the two low bits as at 2 bits, then n/8 bytes more whose bit k of byte j is the high bit of code j + k*n/8.
+    Planes unpack into long contiguous runs: 10 ms for a 4096 x 4096 matrix on a CPU, where the order of GGUF's Q4_1,
+    whose runs are 16 long, took 27 ms. `export.py` reorders them.
+    """
+    assert codes_OI.dtype == torch.uint8 and packed_width(codes_OI.shape[-1], bits)
+    codes = nn.functional.pad(codes_OI, (0, -codes_OI.shape[-1] % 32))
+    if bits == 3:
+        return torch.cat([_join_planes(codes & 3, 2), _join_planes(codes >> 2, 1)], dim=-1)
+    return _join_planes(codes, bits)
+
+
+def unpack(packed, bits, in_features):
+    """The inverse of `pack`: uint8 [O, packed_width(in_features, bits)] to uint8 codes [O, in_features]."""
+    if bits == 3:
+        two_thirds = packed.shape[-1] // 3 * 2
+        codes = _split_planes(packed[..., :two_thirds], 2) | (_split_planes(packed[..., two_thirds:], 1) << 2)
+    else:
+        codes = _split_planes(packed, bits)
+    return codes[..., :in_features]
+
+
+def _join_planes(fields, width):  # [O, n] fields of `width` bits -> [O, n * width / 8] bytes
+    planes = fields.chunk(8 // width, dim=-1)
+    return torch.stack([plane << (width * k) for k, plane in enumerate(planes)]).sum(dim=0, dtype=torch.uint8)
+
+
+def _split_planes(packed, width):  # the inverse
+    return torch.cat([(packed >> shift) & (2 ** width - 1) for shift in range(0, 8, width)], dim=-1)
+
+
+# ---- choosing scale, offset and codes
+
+class Quantized(NamedTuple):
+    """A quantized matrix: w[o, i] is approximately scale[o, g] * codes[o, i] + offset[o, g], with g = i // group_size."""
+    codes: torch.Tensor   # [O, I] uint8
+    scale: torch.Tensor   # [O, G] float16
+    offset: torch.Tensor  # [O, G] float32
+
+
+def dequantize(quantized):
+    """The matrix [O, I] that a `Quantized` stands for, in float32."""
+    scale, offset = quantized.scale.float().unsqueeze(-1), quantized.offset.unsqueeze(-1)  # [O, G, 1]
+    codes_OGg = quantized.codes.view(*quantized.scale.shape, -1)
+    return (scale * codes_OGg + offset).view(quantized.codes.shape)
+
+
+def quantize_rtn(w_OI, bits, group_size):
+    """Rounds each weight to the nearest of 2^bits levels between its group's smallest and largest weight.
+
+    w_OI: [O, I] of any floating dtype. Returns Quantized. A constant group gets scale 0 and is exact; no other group
+    does. Raises UserError when `group_size` does not divide I, or a range is not finite or too wide for float16.
+    """
+    w_OGg = _grouped(w_OI.float(), group_size)
+    scale, offset = min_max_range(w_OGg, bits)
+    return Quantized(nearest_codes(w_OGg, scale, offset, bits).view(w_OI.shape), scale, offset)
+
+
+def _grouped(w_OI, group_size):  # [O, I] -> [O, G, group_size]
+    if w_OI.shape[1] % group_size:
+        raise UserError(f"group size {group_size} does not divide its {w_OI.shape[1]} inputs")
+    return w_OI.reshape(w_OI.shape[0], -1, group_size)
+
+
+def min_max_range(w_OGg, bits):
+    """Scale [O, G] and offset [O, G] whose codes 0 and 2^bits - 1 meet each group's smallest and largest weight."""
+    low, high = w_OGg.aminmax(dim=-1)
+    return round_up_to_float16(high - low, 2 ** bits - 1), low
+
+
+def round_up_to_float16(spread, levels):
+    """The smallest float16 scales with scale * levels >= spread, so that the codes still reach the largest weight.
+
+    Raises UserError when that is beyond float16's 65504, or `spread` is not a number.
+    """
+    scale = (spread / levels).half()
+    too_small = scale.float() * levels < spread  # exact: 11 bits times 4 bits fit in float32's 24
+    scale = torch.where(too_small, (scale.view(torch.int16) + 1).view(torch.float16), scale)  # the next float16
+    if not scale.isfinite().all():
+        raise UserError(f"weights that span {spread.max().item():g} in one group need a scale that float16 cannot hold")
+    return scale
+
+
+def nearest_codes(w_OGg, scale, offset, bits):
+    """The codes [O, G, group_size] (uint8) nearest to `w_OGg` for scale and offset [O, G]; 0 where the scale is 0."""
+    step = torch.where(scale == 0, 1, scale).float().unsqueeze(-1)
+    return ((w_OGg - offset.unsqueeze(-1)) / step).round_().clamp_(0, 2 ** bits - 1).to(torch.uint8)
+
+
+def quantize_gptq(w_OI, hessian_II, bits, group_size, damping=0.01):
+    """GPTQ (Frantar et al., 2023): rounds one input after another, each making up for the errors made before it.
+
+    hessian_II: the sum (or mean) of x xᵀ over the calibration inputs x. With H = R Rᵀ, R upper triangular, the squared
+    output error trace((W-Ŵ) H (W-Ŵ)ᵀ) is the squared length of (W-Ŵ) R, whose column k holds the errors of the inputs
+    0..k only. So go through the inputs in order, and round each weight to where it cancels its column's `drift`, what
+    the errors before it have put there. This is the LDL form of GPTQ (Chee et al., "QuIP", 2023, theorem 6): the same
+    result from one Cholesky factor, without inverting H. A group's range is taken when its turn comes, from the
+    weights as corrected until then.
+
+    Errors inside a half of the inputs reach the other half by one matrix product, halves are halved again: that is the
+    lazy batching of the paper, carried through to the single input. Arguments, result and errors as in `quantize_rtn`.
+    """
+    in_features = w_OI.shape[1]
+    _grouped(w_OI, group_size)
+    factor = damped_factor(hessian_II, damping)
+    w = w_OI.float().t().contiguous()  # [I, O], so that one input's weights are contiguous
+    drift, error = torch.zeros_like(w), torch.empty_like(w)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    scale, offset = [], []
+
+    def descend(low, high):
+        if high - low == group_size:
+            diagonal = factor[low:high, low:high]
+            corrected = w[low:high] + torch.linalg.solve_triangular(diagonal.t(), drift[low:high], upper=False)
+            s, o = min_max_range(corrected.t().unsqueeze(1), bits)
+            scale.append(s), offset.append(o)
+        if high - low == 1:
+            target = w[low] + drift[low] / factor[low, low]
+            s, o = scale[-1], offset[-1]  # [O, 1]
+            codes[low] = nearest_codes(target.view(-1, 1, 1), s, o, bits).view(-1)
+            error[low] = w[low] - (s[:, 0].float() * codes[low] + o[:, 0])
+            return
+        halves = (high - low) // 2
+        middle = low + (halves if high - low <= group_size else -(-halves // group_size) * group_size)
+        descend(low, middle)
+        drift[middle:high].addmm_(factor[low:middle, middle:high].t(), error[low:middle])
+        descend(middle, high)
+
+    descend(0, in_features)
+    return Quantized(codes.t().contiguous(), torch.cat(scale, dim=1), torch.cat(offset, dim=1))
+
+
+def damped_factor(hessian_II, damping):
+    """Upper triangular R [I, I] (float32) with R Rᵀ = H + damping * mean(diagonal) * identity.
+
+    Where H is singular, or not positive definite by rounding, the damping is raised tenfold until the factor exists.
+    """
+    assert hessian_II.isfinite().all(), "the Hessian has NaN or infinite entries"
+    h = hessian_II.float()
+    mean = h.diagonal().mean().item()
+    h = h / mean if mean > 0 else torch.zeros_like(h)  # no scale can over- or underflow; no inputs at all means RTN
+    diagonal = h.diagonal().clone()
+    while True:
+        h.diagonal().copy_(diagonal + damping)
+        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))  # flipped, so that the flipped factor is upper
+        if not failed and lower.isfinite().all():
+            return lower.flip(0, 1)
+        damping = max(10 * damping, 1e-6)
+
+
+# ---- multiplying by a packed matrix
+
+def quant_matmul(x, packed, scale, offset, bits):
+    """y = x @ (scale * codes + offset)ᵀ for a packed weight, differentiable in x and offset.
+
+    x: [..., I] float; packed: [O, packed_width(I, bits)]; scale: [O, G] float16; offset: [O, G]; result [..., O] in x's
+    dtype. Computed as  Σ_groups scale * (codes - c) · x_group  +  pool(x) @ (offset + c * scale)ᵀ  with c = 2^(bits-1)
+    and pool(x) the sum of x over each group. Centring matters in low precision: codes that are all positive cancel
+    against the offset (relative error 0.0071 in bfloat16 on a 4096 x 4096 layer, centred 0.0027, a dense layer 0.0023).
+    The pooled term is float32 (float64 for float64 input): bfloat16 would swallow a small change of the offset.
+    """
+    assert x.shape[-1] % scale.shape[1] == 0 and packed.shape[1] == packed_width(x.shape[-1], bits), \
+        f"x {tuple(x.shape)} does not fit packed {tuple(packed.shape)} and scale {tuple(scale.shape)} at {bits} bits"
+    with torch.autocast(x.device.type, enabled=False):
+        return QuantMatmul.apply(x, packed, scale, offset, bits)
+
+
+class QuantMatmul(torch.autograd.Function):
+    """`quant_matmul`. Saves the packed codes and the pooled input, never x and never a dense weight."""
+
+    @staticmethod
+    def forward(ctx, x, packed, scale, offset, bits):
+        in_features = x.shape[-1]
+        x_NI = x.reshape(-1, in_features)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        pooled_NG = x_NI.unflatten(1, (scale.shape[1], -1)).sum(dim=-1, dtype=wide)
+        y_NO = pooled_NG @ _centred(offset, scale, bits, wide).t()
+        for rows, w_RI in _dense_rows(packed, scale, bits, in_features, x.dtype):
+            _add_product(y_NO[:, rows], x_NI, w_RI.t())
+        ctx.save_for_backward(packed, scale, offset, pooled_NG if ctx.needs_input_grad[3] else None)
+        ctx.bits, ctx.x_shape = bits, x.shape
+        return y_NO.to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        packed, scale, offset, pooled_NG = ctx.saved_tensors
+        wide = torch.promote_types(grad_y.dtype, torch.float32)
+        gy_NO = grad_y.reshape(-1, grad_y.shape[-1])
+        grad_x = grad_offset = None
+        if ctx.needs_input_grad[3]:
+            grad_offset = (gy_NO.to(wide).t() @ pooled_NG).to(offset.dtype)
+        if ctx.needs_input_grad[0]:
+            in_features = ctx.x_shape[-1]
+            gx_NG = gy_NO.to(wide) @ _centred(offset, scale, ctx.bits, wide)
+            gx_NI = gx_NG.repeat_interleave(in_features // scale.shape[1], dim=1)
+            for rows, w_RI in _dense_rows(packed, scale, ctx.bits, in_features, grad_y.dtype):
+                _add_product(gx_NI, gy_NO[:, rows], w_RI)
+            grad_x = gx_NI.to(grad_y.dtype).view(ctx.x_shape)
+        return grad_x, None, None, grad_offset, None
+
+
+def _centred(offset, scale, bits, dtype):  # [O, G]: what the pooled input is multiplied with
+    return offset.to(dtype) + 2 ** (bits - 1) * scale.to(dtype)
+
+
+def _dense_rows(packed, scale, bits, in_features, dtype):
+    """Yields (rows, w) with w = scale * (codes - c) for some rows at a time, [rows, I] in `dtype`."""
+    for start in range(0, packed.shape[0], ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        w = unpack(packed[rows], bits, in_features).to(dtype).sub_(2 ** (bits - 1))
+        w.view(*scale[rows].shape, -1).mul_(scale[rows].to(dtype).unsqueeze(-1))
+        yield rows, w
+
+
+def _add_product(total, a, b):  # total += a @ b, where total may be wider than a and b
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+class QuantLinear(nn.Module):
+    """A linear layer without bias whose weight [O, I] is packed. Not trainable; `QALoRALinear` adds what is.
+
+    Buffers: packed [O, packed_width(I, bits)] uint8, scale [O, G] float16, offset [O, G] float32.
+    """
+
+    def __init__(self, in_features, out_features, bits, group_size):
+        super().__init__()
+        assert in_features % group_size == 0, f"group size {group_size} does not divide {in_features} inputs"
+        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
+        groups = (out_features, in_features // group_size)
+        self.register_buffer("packed", torch.empty(out_features, packed_width(in_features, bits), dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(groups, dtype=torch.float16))
+        self.register_buffer("offset", torch.empty(groups, dtype=torch.float32))
+
+    @classmethod
+    def from_quantized(cls, quantized, bits):
+        """A layer that holds `quantized`; the group size follows from the shapes."""
+        out_features, in_features = quantized.codes.shape
+        with torch.device("meta"):
+            layer = cls(in_features, out_features, bits, in_features // quantized.scale.shape[1])
+        layer.packed, layer.scale, layer.offset = pack(quantized.codes, bits), quantized.scale, quantized.offset
+        return layer
+
+    def forward(self, x):  # [..., I] -> [..., O]
+        return quant_matmul(x, self.packed, self.scale, self.offset, self.bits)
+
+    def dequantize(self):
+        """The weight [O, I] in float32."""
+        return dequantize(Quantized(unpack(self.packed, self.bits, self.in_features), self.scale, self.offset))
+
+    def extra_repr(self):
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
+
+    def _apply(self, fn, recurse=True):
+        # .to(dtype) is for activations: as bytes, the buffers change their device but never their precision
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = fn(buffer.view(torch.uint8)).view(buffer.dtype)
+        return self
+
+
+# ---- a whole model
+
+HEARS_WITH = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # same input, so the same Hessian
+CALIBRATION_BATCH = 2048  # tokens that go through a block at once
+
+
+def quantize_model(model, bits, group_size, calibration_tokens=None, weights=None):
+    """Replaces the seven linear layers of every block by QuantLinears, in place; returns the model.
+
+    calibration_tokens: [N, T] for GPTQ, in sequence: each block is calibrated on the outputs of the blocks before it
+    as quantized; None means RTN. Embedding, norms and output head stay in float. `weights` (of `open_weights`): blocks
+    still on the meta device are read from there in their turn, so that no more than one is ever dense.
+    Raises UserError, naming the layer, when the group size does not divide its inputs or float16 cannot hold a scale.
+    """
+    check_group_size(model.config, group_size)
+    embedding = model.model.embed_tokens.weight
+    hidden = None
+    if calibration_tokens is not None:
+        rotary = rotary_table(model.config, torch.arange(calibration_tokens.shape[1], device=embedding.device))
+        batches = calibration_tokens.to(embedding.device).split(max(1, CALIBRATION_BATCH // calibration_tokens.shape[1]))
+        with torch.no_grad():
+            hidden = [model.model.embed_tokens(tokens) for tokens in batches]
+    label = f"quantizing to {bits} bits by {'RTN' if hidden is None else 'GPTQ'}"
+    for i, block in enumerate(tqdm(model.model.layers, label, unit="block")):
+        if weights is not None:
+            fill(block, weights, f"model.layers.{i}.", embedding.dtype, embedding.device)
+        quantize_block(block, f"model.layers.{i}.", bits, group_size, hidden, rotary if hidden else None)
+    return model
+
+
+@torch.no_grad()
+def quantize_block(block, prefix, bits, group_size, hidden=None, rotary=None):
+    """Quantizes one block's linear layers in place, by GPTQ on the inputs `hidden` (a list of [B, T, D]) or by RTN.
+
+    `hidden` is advanced to the quantized block's outputs.
+    """
+    hessians = input_hessians(block, hidden, rotary) if hidden else {}
+    for path, layer in list(block.named_modules()):
+        name = path.rpartition(".")[2]
+        if name not in LINEARS:
+            continue
+        try:
+            if hidden:
+                quantized = quantize_gptq(layer.weight, hessians[HEARS_WITH.get(name, name)], bits, group_size)
+            else:
+                quantized = quantize_rtn(layer.weight, bits, group_size)
+        except UserError as e:
+            raise UserError(f"{prefix}{path}: {e}") from e
+        block.set_submodule(path, QuantLinear.from_quantized(quantized, bits))
+    for i in range(len(hidden or ())):
+        hidden[i] = block(hidden[i], rotary)
+
+
+def input_hessians(block, hidden, rotary):
+    """{layer name: the mean of x xᵀ over its inputs x, float32 [I, I]} for the layers that have an input of their own."""
+    hessians = {}
+
+    def listen(name):
+        def add(layer, inputs):
+            x = inputs[0].flatten(0, -2).float()  # [N, I]
+            hessians[name] = hessians.get(name, 0) + x.t() @ x / tokens
+        return add
+
+    tokens = sum(x.shape[0] * x.shape[1] for x in hidden)
+    named = {path.rpartition(".")[2]: layer for path, layer in block.named_modules()}
+    hooks = [named[n].register_forward_pre_hook(listen(n)) for n in LINEARS if n not in HEARS_WITH]
+    for x in hidden:
+        block(x, rotary)
+    for hook in hooks:
+        hook.remove()
+    return hessians
+
+
+def check_group_size(config, group_size):
+    """Raises UserError, naming the first layer, when `group_size` does not divide the inputs of every linear layer."""
+    for layer, inputs in (("self_attn.q_proj", config.hidden_size), ("mlp.down_proj", config.intermediate_size)):
+        if group_size < 1 or inputs % group_size:
+            fitting = [g for g in (2 ** k for k in range(9)) if config.hidden_size % g == config.intermediate_size % g == 0]
+            raise UserError(f"model.layers.0.{layer}: group size {group_size} does not divide its {inputs} inputs; "
+                            f"choose one of {', '.join(map(str, fitting))}")
+
+
+def quantized_skeleton(config, bits, group_size):
+    """A Llama on the meta device whose blocks have QuantLinears: shapes without memory."""
+    with torch.device("meta"):
+        model = Llama(config)
+        for name, layer in list(model.named_modules()):
+            if name.rpartition(".")[2] in LINEARS:
+                model.set_submodule(name, QuantLinear(layer.in_features, layer.out_features, bits, group_size))
+    return model
+
+
+# ---- the folder of a quantized model
+
+def save_quantized(model, folder, dtype=None, **origin):
+    """Writes a quantized model's config.json and model.safetensors into `folder` (new, or with other files in it).
+
+    config.json's `quantization` records bits, group size, the SHA-256 of model.safetensors and what `origin` adds.
+    dtype: what embedding, norms and head are stored in, when not as they are.
+    """
+    folder = pathlib.Path(folder)
+    layer = next(m for m in model.modules() if isinstance(m, QuantLinear))
+    tensors = {name: p.detach().to(dtype or p.dtype) for name, p in model.named_parameters()}  # tied ones once
+    tensors |= dict(model.named_buffers())
+    with written_whole(folder / "model.safetensors") as beside:
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, beside)
+        with open(beside, "rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    quantization = {"bits": layer.bits, "group_size": layer.group_size, "sha256": sha256, **origin}
+    write_config(model.config, folder, {"quantization": quantization})
+
+
+def quantization_of(folder):
+    """The `quantization` entry of a model folder's config.json; None for a float model."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.exists():
+        return None  # Meta's original folders have none
+    try:
+        return json.loads(path.read_text()).get("quantization")
+    except (ValueError, AttributeError) as e:
+        raise UserError(f"{path} is not a JSON object: {e}") from e
+
+
+def load_quantized(folder, dtype=None, device="cpu"):
+    """The Llama in a folder written by `save_quantized`; on the CPU its tensors stay memory-mapped files.
+
+    dtype: what embedding, norms and head are cast to. Raises UserError when the folder is not a quantized model, or a
+    tensor is missing, superfluous or of another shape.
+    """
+    folder = pathlib.Path(folder)
+    quantization = quantization_of(folder)
+    if quantization is None:
+        raise UserError(f"{folder} holds no quantized model; make one with train.py --weights {folder}")
+    config, file = read_config(folder), folder / "model.safetensors"
+    bits, group_size = quantization.get("bits"), quantization.get("group_size")
+    if bits not in (2, 3, 4) or type(group_size) is not int:
+        raise UserError(f"{folder}/config.json: quantization to {bits} bits in groups of {group_size} is not supported")
+    check_group_size(config, group_size)
+    model = quantized_skeleton(config, bits, group_size)
+    tensors = {name: stored.read() for name, stored in open_file(file).items()}
+    buffers = dict(model.named_buffers())
+    wanted = {**dict(model.named_parameters()), **buffers}  # tied weights appear once
+    for name in sorted(wanted.keys() | tensors.keys()):
+        kinds = [(*t[name].shape, t[name].dtype if name in buffers else "float") if name in t else None
+                 for t in (wanted, tensors)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{file}: {name} is {kinds[1] or 'missing'} where {kinds[0] or 'no such tensor'} belongs; "
+                            "quantize the model again")
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(False).to(device, dtype)
