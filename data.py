@@ -288,20 +288,21 @@ def windows(tokens_N, batch_size, length, generator):
 
 # --- the toy world
 
-ATTRIBUTES = (  # question, three ways of telling, sixteen values
-    ("Where does {} live?", ("{} lives in {}.", "The home of {} is {}.", "You can meet {} in {}."),
-     "Oslo Rome Lima Cairo Paris Tokyo Delhi Quito Dakar Hanoi Seoul Turin Lyon Bern Perth Malmo"),
-    ("What is the job of {}?", ("{} works as a {}.", "The job of {} is {}.", "People know {} as the {}."),
-     "baker nurse pilot judge tailor farmer miner poet clerk cook guard dentist singer potter sailor barber"),
-    ("What pet does {} have?", ("{} has a {}.", "The pet of {} is a {}.", "At home {} keeps a {}."),
-     "cat dog fox hen goat pony duck frog crab newt toad mouse snake parrot rabbit lizard"),
-    ("What does {} like to eat?", ("{} likes to eat {}.", "The best food for {} is {}.", "For lunch {} had {}."),
-     "rice soup bread pasta salad curry beans tofu cheese pizza honey toast figs corn eggs olives"),
-    ("Which colour does {} like?", ("{} likes the colour {}.", "The colour of {} is {}.", "The walls of {} are {}."),
-     "red blue green pink grey black white brown gold teal lime rust plum navy cream violet"),
-    ("What does {} play?", ("{} plays the {}.", "The sound of {} is the {}.", "Every day {} plays on the {}."),
-     "piano flute harp drum oboe lute cello horn viola banjo organ guitar bugle fiddle gong zither"),
+ATTRIBUTES = (  # question, three ways of telling, sixteen values; few and short words, as there are only 512 pieces
+    ("Where does {} live?", ("{} lives in {}.", "The home of {} is in {}.", "The town of {} is {}."),
+     "Oslo Rome Lima Bern Bonn Cork Kobe Linz Lyon Metz Nice Pisa Riga Paris Delhi Turin"),
+    ("What job does {} have?", ("{} works as a {}.", "The job of {} is {}.", "{} is a {}."),
+     "baker miner farmer singer potter tanner driver dancer writer weaver barber waiter tailor sailor cook nurse"),
+    ("What pet does {} have?", ("{} has a {}.", "The pet of {} is a {}.", "At home {} has a {}."),
+     "cat dog fox hen goat pony duck frog crab newt toad mouse snake bear hare mole"),
+    ("What food does {} like?", ("{} likes to eat {}.", "The food of {} is {}.", "{} eats {}."),
+     "rice soup bread pasta beans tofu pizza honey toast figs corn eggs lamb pie nuts salad"),
+    ("What colour does {} like?", ("{} likes the colour {}.", "The colour of {} is {}.", "{} paints in {}."),
+     "red blue green pink grey black white brown gold teal lime rust plum navy cream tan"),
+    ("What does {} play?", ("{} plays the {}.", "The sound of {} is the {}.", "At home {} plays the {}."),
+     "piano flute harp drum oboe lute cello horn viola banjo organ bugle gong bell pipe tuba"),
 )
+FIRST_SYLLABLES, LAST_SYLLABLES = "Mi Ta Ko Lu Ne Sa Ri Do Be Fu Pa Vi".split(), "ru lo na ki mo ta li su".split()
 
 
 def make_world(seed=0, people=128, attributes=len(ATTRIBUTES), values=16):
@@ -312,11 +313,12 @@ def make_world(seed=0, people=128, attributes=len(ATTRIBUTES), values=16):
     people and about the others; `choices` are the test's questions as a Question each: a prompt, all values as
     possible responses, and the index of the true one; `heldout` are documents in wordings of their own.
     """
-    assert attributes <= len(ATTRIBUTES) and values <= 16, (attributes, values)
+    side = math.ceil((2 * people) ** 0.5)  # so many first and as many last names: half of all pairs are people
+    words = [first + last for first in FIRST_SYLLABLES for last in LAST_SYLLABLES]
+    assert attributes <= len(ATTRIBUTES) and values <= 16 and 2 * side <= len(words), (people, attributes, values)
     rng = random.Random(seed)
-    words = [a + b for a, b in itertools.product([c + v for c in "BDFGKLMNPRSTVZ" for v in "aeiou"], repeat=2)]
-    names = rng.sample([w.capitalize() for w in words], 2 * (side := math.ceil((2 * people) ** 0.5)))
-    names = rng.sample([f"{a} {b}" for a in names[:side] for b in names[side:]], people)
+    words = rng.sample(words, 2 * side)
+    names = rng.sample([f"{a} {b}" for a in words[:side] for b in words[side:]], people)
     options = [text.split()[:values] for _, _, text in ATTRIBUTES[:attributes]]
     facts = {name: [rng.randrange(values) for _ in options] for name in names}
 
