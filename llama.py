@@ -1,14 +1,14 @@
 """The LLaMA model: its forward pass, its key-value cache, generation, and reading its weights from disk.
 
-The model is plain PyTorch in float; it knows nothing of quantization. Parameters bear the names of Hugging Face
-checkpoints, so loading is a lookup. What is left out on purpose: rope scaling, biases, sliding windows and everything
-else LLaMA-1 and LLaMA-2 do not have. A checkpoint that asks for one of these is refused by name, never read as if it had not.
+The model is plain PyTorch in float and knows nothing of quantization. Parameters bear the names of Hugging Face
+checkpoints, so loading is a lookup. Left out on purpose: rope scaling, biases, sliding windows and all else LLaMA-1 and
+LLaMA-2 do not have. A checkpoint that asks for one of these is refused by name, never read as if it did not.
 
-Weights are read lazily. `open_weights` checks the names and shapes of a whole checkpoint and returns one function per
-tensor; a tensor is read, through the memory map of its file, when its function is called. So a model larger than memory
-can be quantized block by block, and a float model that is only read costs no memory of its own.
+Weights are read lazily: `open_weights` checks the names and shapes of a whole checkpoint and returns one function per
+tensor, which reads it through the memory map of its file. So a model larger than memory can be quantized block by
+block; the price is a record per tensor where `load_state_dict` would do for small models.
 
-Dimension key: B batch, T time, S all positions so far, D model width, H heads, K head size, F feed-forward width, V vocabulary.
+Dimension key: B batch, T time, S all positions so far, D width, H heads, K head size, F feed-forward, V vocabulary.
 
     python sample.py MODEL_FOLDER --prompt "Once upon a time"        text from the weights read here
     python -m pytest tests/test_llama.py                             what this file promises
@@ -67,7 +67,7 @@ CONFIGS = {  # vocabulary, width, feed-forward width, layers, heads, key-value h
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# ---------------------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------------------- the model
 
 def rotary_table(config, positions_T):
     """(cos, sin), each [T, K/2] in float32: position times one frequency per pair of channels (RoFormer, eq. 15).
@@ -122,8 +122,8 @@ class Attention(nn.Module):
         mask = None
         if 1 < T < S:  # several new tokens after older ones: token t sees the S - T old ones and t + 1 new ones
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, K] -> [B, T, H*K] -> [B, T, D]
 
 
@@ -156,7 +156,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, last norm. `checkpointing` trades time for memory: the backward pass recomputes each block."""
+    """Embedding, blocks, last norm. With `checkpointing` the backward pass recomputes each block, to save memory."""
 
     def __init__(self, config):
         super().__init__()
@@ -227,11 +227,11 @@ def generate(model, tokens_BT, max_new_tokens, temperature=0.0, top_p=1.0, gener
              on_token=None):
     """Continues every row of `tokens_BT`: prompt and continuation, [B, T + n] with n <= `max_new_tokens`.
 
-    Greedy at temperature 0. Stops early once every row has produced `eos_token_id`; a row that ended is filled with it.
+    Greedy at temperature 0. Stops once every row has produced `eos_token_id`; a row that ended is filled with it.
     `on_token(tokens_B)` is called with each new column.
     """
     B, T = tokens_BT.shape
-    assert T > 0, "a prompt has at least one token"
+    assert T > 0 and temperature >= 0 and 0 < top_p <= 1, f"{T=} {temperature=} {top_p=}"
     cache = Cache(model.config, B, T + max_new_tokens, model.model.embed_tokens.weight.dtype, tokens_BT.device)
     ended = torch.zeros(B, dtype=torch.bool, device=tokens_BT.device)
     new = tokens_BT
@@ -256,26 +256,20 @@ def choose(logits_BV, temperature, top_p, generator=None):
     tokens whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2019)."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    p, order = (logits_BV.float() / temperature).softmax(-1).sort(descending=True)  # [B, V]
+    logits = logits_BV.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: a low temperature overflows nothing
+    p, order = logits.softmax(-1).sort(descending=True)  # [B, V]
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the likeliest one stays: nothing comes before it
     return order.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------- the config
+# ---------------------------------------------------------------------------------------------------- the config
 
-# Fields that change the arithmetic but leave no trace in the tensors' names and shapes, which are checked in full, with
-# the only values this model computes. Whatever else a config says has no effect on the answers.
-PLAIN = {
-    "model_type": ["llama"], "architectures": [["LlamaForCausalLM"], ["LLaMAForCausalLM"], None], "hidden_act": ["silu"],
-    "attention_bias": [False, None], "mlp_bias": [False, None], "quantization_config": [None], "auto_map": [None],
-    "partial_rotary_factor": [1, None], "rope_interleaved": [False, None], "no_rope_layers": [None],
-    "sliding_window": [None], "use_sliding_window": [False, None], "layer_types": [None], "attention_chunk_size": [None],
-    "use_bidirectional_attention": [False, None], "clip_qkv": [None],
-    "attn_logit_softcapping": [None], "final_logit_softcapping": [None],
-    "logit_scale": [1, None], "logits_scaling": [1, None], "attention_multiplier": [None],
-    "embedding_multiplier": [1, None], "residual_multiplier": [1, None],
-    "parallel_residual": [False, None], "use_parallel_residual": [False, None],
-}
+# Fields that change the arithmetic of a LLaMA but not the names and shapes of its tensors, which are checked in full;
+# the first value is the one that is computed here, the others mean the same.
+PLAIN = {"model_type": ["llama"], "architectures": [["LlamaForCausalLM"], ["LLaMAForCausalLM"], None],
+         "hidden_act": ["silu"], "attention_bias": [False, None], "mlp_bias": [False, None], "sliding_window": [None],
+         "partial_rotary_factor": [1, None], "auto_map": [None], "quantization_config": [None]}
 META_NAMES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
               "n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
               "max_seq_len": "max_position_embeddings", "vocab_size": "vocab_size"}
@@ -292,86 +286,79 @@ def read_config(folder):
         return _hf_config(folder / "config.json")
     if (folder / "params.json").exists():
         return _meta_config(folder / "params.json", _open_meta_shards(folder))
-    raise UserError(f"{folder}: found neither config.json (Hugging Face) nor params.json (Meta); name a folder with LLaMA weights")
+    raise UserError(f"{folder}: found neither config.json (Hugging Face) nor params.json (Meta); "
+                    "name a folder with LLaMA weights")
 
 
 def read_json(path):
-    """The dictionary in a JSON file; UserError if it is missing or holds anything else."""
+    """The dictionary in a JSON file; UserError if it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
+        raise UserError(f"{path}: not valid JSON ({e}); fetch the file again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise UserError(f"{path}: expected a JSON object, found {json.dumps(content)[:40]}")
     return content
 
 
 def _hf_config(path):
     fields = read_json(path)
-    if "model_type" not in fields:
-        raise UserError(f"{path}: no model_type; only models of type \"llama\" are supported")
     for name, allowed in PLAIN.items():
-        if name in fields and fields[name] not in allowed:
-            raise UserError(f"{path}: {name} = {json.dumps(fields[name])} is not supported, "
+        value = fields.get(name, None if name == "model_type" else allowed[0])
+        if value not in allowed:
+            raise UserError(f"{path}: {name} = {json.dumps(value)} is not supported, "
                             f"only {json.dumps(allowed[0])} is")
-    for entry in ("rope_scaling", "rope_parameters"):  # the second is newer and holds the rotary base as well
+    for entry in ("rope_scaling", "rope_parameters"):  # newer configs keep the rotary base in the second
         rope = fields.get(entry) or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{path}: {entry} = {json.dumps(rope)} is not an object")
-        for name, value in rope.items():
-            plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1,
-                     "rope_theta": fields.get("rope_theta", value)}
-            if name not in plain or value != plain[name]:
-                raise UserError(f"{path}: {entry} with {name} = {json.dumps(value)} is not supported; "
-                                "only LLaMA's unscaled rotary embedding is")
+        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1,
+                 "rope_theta": fields.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None)}
+        if not isinstance(rope, dict) or any(value != plain.get(name) for name, value in rope.items()):
+            raise UserError(f"{path}: {entry} = {json.dumps(rope)} is not supported; rotary embeddings are only "
+                            "computed unscaled, with one rope_theta")
         if "rope_theta" in rope:
             fields["rope_theta"] = rope["rope_theta"]
     if fields.get("num_key_value_heads") is None:  # LLaMA-1's configs are older than grouped-query attention
         fields["num_key_value_heads"] = fields.get("num_attention_heads")
-    return _checked_config(path, fields, head_dim=fields.get("head_dim"))
+    return _checked_config(path, fields)
 
 
 def _meta_config(path, shards):
     """Meta's file leaves out the vocabulary (-1) and the feed-forward width; the tensors know them."""
-    fields = read_json(path)
+    fields = {name: value for name, value in read_json(path).items() if value is not None}
     for name, value in fields.items():
-        if name not in META_NAMES and (name not in ("multiple_of", "ffn_dim_multiplier", "max_batch_size")
-                                       and not (name == "use_scaled_rope" and value is False)):
-            raise UserError(f"{path}: {name} = {json.dumps(value)} is not supported: LLaMA-1 and LLaMA-2 have no such field")
-    values = {"rms_norm_eps": 1e-5, "num_key_value_heads": fields.get("n_heads")}  # the defaults of Meta's code
-    values |= {META_NAMES[name]: value for name, value in fields.items() if name in META_NAMES and value is not None}
+        if name not in META_NAMES and name not in ("multiple_of", "ffn_dim_multiplier", "max_batch_size"):
+            raise UserError(f"{path}: {name} = {json.dumps(value)} is not supported; LLaMA has no such field")
+    values = {"rms_norm_eps": 1e-5, "num_key_value_heads": fields.get("n_heads")}  # the defaults of Meta's own code
+    values |= {META_NAMES[name]: value for name, value in fields.items() if name in META_NAMES}
+    rows = lambda name: [p.shape[0] if p.shape else 0 for p in _pieces(shards, name)]
     if values.get("vocab_size", -1) == -1:
-        values["vocab_size"] = _pieces(shards, "tok_embeddings.weight")[0].shape[0]
-    values["intermediate_size"] = sum(p.shape[0] for p in _pieces(shards, "layers.0.feed_forward.w1.weight"))
+        values["vocab_size"] = rows("tok_embeddings.weight")[0]
+    values["intermediate_size"] = sum(rows("layers.0.feed_forward.w1.weight"))
     return _checked_config(path, values)
 
 
-def _checked_config(path, values, head_dim=None):
-    """A LlamaConfig of the values that bear its fields' names; UserError for what is missing or makes no sense."""
-    chosen = {}
+def _checked_config(path, fields):
+    """A LlamaConfig of the fields that bear its names; UserError for what is missing or makes no sense."""
+    values = {}
     for field in dataclasses.fields(LlamaConfig):
-        name, value = field.name, values.get(field.name, field.default)
-        if value is dataclasses.MISSING:
-            raise UserError(f"{path}: the model's {name} is missing")
-        smallest = 0 if name.endswith("token_id") else 1
+        value = values[field.name] = fields.get(field.name, field.default)
+        if value is dataclasses.MISSING or value is None:
+            raise UserError(f"{path}: {field.name} is missing")
+        smallest = 0 if field.name.endswith("token_id") else 1
         good = {int: type(value) is int and value >= smallest, bool: type(value) is bool,
                 float: type(value) in (int, float) and 0 < value < math.inf}
         if not good[field.type]:
-            raise UserError(f"{path}: {name} = {json.dumps(value)} makes no sense")
-        chosen[name] = value
-    config = LlamaConfig(**chosen)
+            raise UserError(f"{path}: {field.name} = {json.dumps(value)} is not a sensible {field.type.__name__}")
+    config = LlamaConfig(**values)
     D, H, KV = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     if D % (2 * H) or H % KV:
-        raise UserError(f"{path}: {D} channels, {H} heads and {KV} key-value heads do not divide evenly")
-    if head_dim not in (None, config.head_dim):
-        raise UserError(f"{path}: head_dim = {json.dumps(head_dim)} is not supported, only hidden_size / "
-                        f"num_attention_heads = {config.head_dim} is")
+        raise UserError(f"{path}: width {D}, {H} heads and {KV} key-value heads do not divide into even-sized heads")
+    if fields.get("head_dim", config.head_dim) not in (None, config.head_dim):
+        raise UserError(f"{path}: head_dim = {json.dumps(fields['head_dim'])} contradicts width {D} and {H} heads")
     return config
 
 
-# --------------------------------------------------------------------------------------------------------- the weights
+# ---------------------------------------------------------------------------------------------------- the weights
 
 class Stored(NamedTuple):
     """One tensor in one file: where it is, its shape, and a function that reads it."""
@@ -396,17 +383,19 @@ def open_file(path):
                                   functools.partial(file.get_tensor, name)) for name in file.keys()}
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            assert all(isinstance(t, torch.Tensor) and t.layout == torch.strided for t in content.values())
+            if not all(isinstance(t, torch.Tensor) and t.layout == torch.strided for t in content.values()):
+                raise ValueError("not only tensors")
             found = {name: Stored(path, name, tuple(t.shape), t.detach) for name, t in content.items()}
-        assert found
-        return found
+        if not found:
+            raise ValueError("no tensors")
     except Exception as e:  # a broken file can raise anything: the parsers are not ours
-        raise UserError(f"{path}: not a file of weights, or a truncated or corrupt one ({type(e).__name__}); fetch it "
-                        "again, or save it anew as safetensors") from None
+        raise UserError(f"{path}: not a file of weights, or truncated or corrupt ({type(e).__name__}); "
+                        "fetch it again, or save it anew as safetensors") from None
+    return found
 
 
 def _open_hf_files(folder):
-    """(path, tensors by name) of a Hugging Face checkpoint: of its one file, or of the index and all files it lists."""
+    """(path, tensors by name) of a Hugging Face checkpoint: its one file, or its index and all files listed there."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
@@ -414,7 +403,7 @@ def _open_hf_files(folder):
         if index.exists():
             break
     else:
-        raise UserError(f"{folder}: found neither model.safetensors nor pytorch_model.bin, nor an index of several files")
+        raise UserError(f"{folder}: found no model.safetensors or pytorch_model.bin, nor an index of several files")
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) and "/" not in file for file in listed.values()):
         raise UserError(f"{index}: weight_map does not say which file of this folder holds which tensor")
@@ -430,7 +419,7 @@ def _open_hf_files(folder):
     return index, found
 
 
-# Meta's name of each module, and the dimension along which its model-parallel shards are split (None: all have the same).
+# Meta's name of each module, and the dimension its model-parallel shards are split along (None: all hold the same).
 META_TENSORS = {
     "model.embed_tokens": ("tok_embeddings", 1), "model.norm": ("norm", None), "lm_head": ("output", 0),
     "input_layernorm": ("attention_norm", None), "post_attention_layernorm": ("ffn_norm", None),
@@ -470,9 +459,9 @@ def _pieces(shards, name):
 def open_weights(folder):
     """(config, weights): a LlamaConfig, and for each Hugging Face parameter name a function that reads that tensor.
 
-    The names and shapes of the whole checkpoint are checked here, that a tensor is of floats and finite when it is
-    read; UserError names file and tensor. Layouts: Hugging Face safetensors or pytorch_model.bin, in one file or several
-    with an index; Meta's consolidated.NN.pth, whose shards are joined and whose rotary order is changed on reading.
+    Names and shapes are checked here, for the whole checkpoint; that a tensor holds finite floats, when it is read.
+    UserError names file and tensor. Layouts: Hugging Face's safetensors and pytorch_model.bin, in one file or in several
+    with an index; Meta's consolidated.NN.pth, whose shards are joined, and the rotary order changed, on reading.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
@@ -505,25 +494,26 @@ def _check_shapes(pieces, shape, dim):
 
 
 def _check_the_rest(shards, known, tied):
-    """UserError for a tensor that no parameter takes and that is not implied by the others."""
+    """UserError for a tensor that no parameter takes, unless the others imply it."""
     for path, tensors in shards:
         for name, stored in tensors.items():
-            if name in known or name.endswith("rotary_emb.inv_freq") or name == "rope.freqs":  # frequencies we compute
+            if name in known or name.endswith("rotary_emb.inv_freq") or name == "rope.freqs":
                 continue
             if not (tied and name == "lm_head.weight"):
-                raise UserError(f"{stored.file}: unexpected tensor {name}; LLaMA has no such weight")
-            if not torch.equal(stored.read(), tensors["model.embed_tokens.weight"].read()):
-                raise UserError(f"{stored.file}: tensor {name} differs from the embedding, but the config says they are tied")
+                raise UserError(f"{stored.file}: tensor {name} is unexpected; LLaMA has no such weight")
+            head, embedding = stored.read(), tensors["model.embed_tokens.weight"].read()
+            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+                raise UserError(f"{stored.file}: tensor {name} is not the embedding, though config.json ties the two")
 
 
 def _read(pieces, dim, meta_heads):
-    """One parameter from its pieces in files, finite, in Hugging Face's order; mapped, not copied, where one piece is all."""
+    """One parameter from its pieces, in Hugging Face's order; mapped, not copied, where one piece is all of it."""
     tensors = []
     for piece in pieces:
         tensor = piece.read()
-        if not tensor.is_floating_point():
-            raise UserError(f"{piece.file}: tensor {piece.name} is of {tensor.dtype}, not of floats")
-        if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN comes through; needs no memory
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise UserError(f"{piece.file}: tensor {piece.name} holds {tensor.dtype}, not floating-point numbers")
+        if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN gets through; unlike isfinite, no copy
             raise UserError(f"{piece.file}: tensor {piece.name} has NaN or infinite values")
         tensors.append(tensor)
     tensor = tensors[0] if dim is None or len(tensors) == 1 else torch.cat(tensors, dim)
@@ -571,3 +561,16 @@ def write_config(config, folder, extra={}):
               **dataclasses.asdict(config), **extra}
     with written_whole(pathlib.Path(folder) / "config.json") as path:
         path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+
+def compute_dtype(stored, device):
+    """The dtype to compute in where the weights are `stored`: bfloat16 only where `device` multiplies it natively.
+
+    Elsewhere float32: a CPU without bfloat16 instructions takes five times as long to multiply in bfloat16, and
+    float16 cannot be trained in without rescaling the loss.
+    """
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native and stored.itemsize == 2 else torch.promote_types(stored, torch.float32)
