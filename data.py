@@ -1,9 +1,10 @@
-"""Text in, batches of tokens out: the tokenizer, instruction files in the forms people have, and a toy world to learn.
+"""Text in, batches of tokens out: the tokenizer, instruction files in the forms people have, a toy world to learn.
 
-One idea serves every kind of text: a `Record` is a prompt and the response to be learned. Instructions become prompts in
-Alpaca's template, plain text has an empty prompt. Prompt and response are tokenized apart, so that the response's
-tokens are the same whatever was asked; LLaMA's tokenizer puts a space before any text, hence `### Response: Oslo.`.
-Files are read whole (52,000 Alpaca records are 23 MB), which keeps one reader for all of them.
+One idea serves every kind of text: a `Record` is a prompt and the response to be learned. Instructions become prompts
+in Alpaca's template, plain text has an empty prompt. Prompt and response are tokenized apart and joined, so a
+response's tokens are the same whatever was asked. LLaMA's tokenizer puts a space before any text it is given: the
+model reads `### Response: Oslo.`, and continues `### Response:` with that space. Files are read whole, which lets one
+reader serve all forms (52,000 Alpaca records are 23 MB).
 
     python -m pytest tests/test_data.py
 """
@@ -33,7 +34,7 @@ World = collections.namedtuple("World", "documents train test choices heldout")
 # --- the tokenizer
 
 def load_tokenizer(path):
-    """Reads a sentencepiece model: the file itself, a model folder's tokenizer.model or a run folder's base/tokenizer.model.
+    """Reads a sentencepiece model: the file itself, or tokenizer.model in a model's folder or a run's base/.
 
     UserError where there is none, or none that marks where a text begins and ends.
     """
@@ -45,7 +46,8 @@ def load_tokenizer(path):
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except RuntimeError:
-        raise UserError(f"{file} is not a sentencepiece model or is damaged; copy the model's tokenizer.model again") from None
+        raise UserError(f"{file} is not a sentencepiece model or is damaged; "
+                        "copy the model's tokenizer.model again") from None
     if min(tokenizer.bos_id(), tokenizer.eos_id()) < 0:
         raise UserError(f"{file} has no BOS or no EOS piece; use the tokenizer.model that belongs to the model")
     return tokenizer
@@ -54,18 +56,19 @@ def load_tokenizer(path):
 def train_tokenizer(texts, path, vocab_size):
     """Trains a BPE tokenizer on `texts`, writes it to the file `path` and returns it loaded.
 
-    Like LLaMA's: unk 0, BOS 1, EOS 2, then 256 bytes, so that every text survives encode and decode exactly. (One character
-    cannot: U+2581, with which sentencepiece writes spaces.) Line breaks stay bytes, as no piece reaches over a line's end.
+    Like LLaMA's: unk 0, BOS 1, EOS 2, then 256 bytes, so that every text survives encode and decode exactly (but for
+    one character, U+2581, which is how sentencepiece writes a space). Line breaks are bytes: no piece crosses one.
     The same texts give the same file. UserError where they cannot fill `vocab_size`, or do not fit in.
     """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.split("\n")), model_writer=model, model_type="bpe",
-            vocab_size=vocab_size, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            max_sentence_length=2**30, num_threads=1, minloglevel=2)
+            sentence_iterator=(line for text in texts for line in text.split("\n")), model_writer=model,
+            model_type="bpe", vocab_size=vocab_size, byte_fallback=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, max_sentence_length=2**30, num_threads=1, minloglevel=2)
     except RuntimeError as e:
-        raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {str(e).split('] ')[-1]}") from None
+        reason = str(e).split("] ")[-1] or "it is empty"
+        raise UserError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}") from None
     with written_whole(path) as unfinished:
         unfinished.write_bytes(model.getvalue())
     return load_tokenizer(path)
@@ -73,10 +76,10 @@ def train_tokenizer(texts, path, vocab_size):
 
 # --- instruction files
 
-PREAMBLE = ("Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.")
-PREAMBLE_WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
-                       "Write a response that appropriately completes the request.")
+REQUEST = "Write a response that appropriately completes the request."
+PREAMBLE = f"Below is an instruction that describes a task. {REQUEST}"
+PREAMBLE_WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further "
+                       f"context. {REQUEST}")
 FORMS = {  # the fields that a form needs; the first form whose fields a record has is the record's
     "Alpaca": ("instruction", "output"),  # and perhaps input
     "FLAN v2": ("inputs", "targets"),
@@ -91,16 +94,17 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 def alpaca_prompt(instruction, input=""):
     """Stanford Alpaca's published template, with or without input, up to and including `### Response:`."""
-    context = f"\n\n### Input:\n{input}" if input else ""
-    return f"{PREAMBLE_WITH_INPUT if input else PREAMBLE}\n\n### Instruction:\n{instruction}{context}\n\n### Response:"
+    if input:
+        return f"{PREAMBLE_WITH_INPUT}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    return f"{PREAMBLE}\n\n### Instruction:\n{instruction}\n\n### Response:"
 
 
 def read_records(path):
-    """Reads a JSON list, JSON lines or a .txt file (a record a paragraph) -> (list of Record, name of its form in FORMS).
+    """Reads a JSON list, JSON lines or a .txt file (a record a paragraph) -> (records, their form in FORMS).
 
     The first record's fields decide the form of the file. UserError names file and line of the first bad record.
     """
-    text = _read_text(path)
+    text = read_text(path)
     if pathlib.Path(path).suffix == ".txt":
         records, form = [Record("", p) for p in re.split(r"\n\s*\n", text.strip()) if p], "text"
     else:
@@ -114,19 +118,22 @@ def read_records(path):
     if not records:
         raise UserError(f"{path} holds no records; give a JSON list, JSON lines or a .txt file")
     if not any(r.response.strip() for r in records):
-        raise UserError(f"{path}: the response of every one of its {len(records)} records is empty: there is nothing to learn")
+        raise UserError(f"{path}: the responses of all {len(records)} records are empty; there is nothing to learn")
     return records, form
 
 
-def _read_text(path):
+def read_text(path):
+    """The whole of a UTF-8 file, without a byte order mark; UserError names the line of a byte that is not UTF-8."""
     try:
-        raw = pathlib.Path(path).read_bytes()
-        return raw.decode("utf-8-sig")
+        return pathlib.Path(path).read_bytes().decode("utf-8-sig")
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{path}, line {line}: byte {raw[e.start]:#04x} is not UTF-8; save the file as UTF-8") from None
+        line, byte = e.object.count(b"\n", 0, e.start) + 1, e.object[e.start]
+        raise UserError(f"{path}, line {line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8") from None
+
+
+_read_text = read_text
 
 
 def _json_values(path, text):
@@ -134,7 +141,8 @@ def _json_values(path, text):
     is_list, line = text.lstrip().startswith("["), 1
     try:
         if is_list:
-            return list(zip(_item_lines(text, len(json.loads(text))), json.loads(text)))
+            values = json.loads(text)
+            return list(zip(_item_lines(text, len(values)), values))
         values = []
         for line, row in enumerate(text.split("\n"), 1):
             if row.strip():
@@ -164,11 +172,12 @@ def _check_form(value, expected):
     form = next((form for form, fields in FORMS.items() if all(field in value for field in fields)), None)
     if form is None:
         known = "; ".join(", ".join(fields) for fields in FORMS.values())
-        raise ValueError(f"fields {', '.join(value) or 'none'} make no known form; needed: "
-                         + (f"{', '.join(FORMS[expected])}, as in the records before" if expected else known))
-    if form != expected and expected is not None:
-        raise ValueError(f"this record is in {form} form ({', '.join(FORMS[form])}), those before are in {expected} form "
-                         f"({', '.join(FORMS[expected])}); give one form a file")
+        found = ", ".join(list(value)[:8]) or "none"
+        needed = f"{', '.join(FORMS[expected])}, as in the records before" if expected else f"one of {known}"
+        raise ValueError(f"its fields ({found}) make no known form; needed: {needed}")
+    if expected not in (None, form):
+        raise ValueError(f"it has the form {form} ({', '.join(FORMS[form])}), the records before have the form "
+                         f"{expected} ({', '.join(FORMS[expected])}); split the file by form")
     return form
 
 
@@ -186,9 +195,9 @@ def _records_of(value, form):
 def _conversation(turns, role_field, text_field):
     """One Record for each of the assistant's turns, whose prompt is all that was said before it.
 
-    So every answer is learned, at the price of reading a long conversation's beginning again for each. A system message
-    takes the place of Alpaca's preamble, turns in a row by one speaker are one turn, and what the assistant says before
-    it is asked anything is left out.
+    So every answer is learned, at the price of reading a long conversation's beginning again for each. A system
+    message takes the place of Alpaca's preamble, turns in a row by one speaker are one turn, and what the assistant
+    says before it is asked anything is left out.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("a conversation must be a list of objects")
@@ -214,8 +223,8 @@ def _conversation(turns, role_field, text_field):
 def _string(value, field):
     text = value.get(field)
     if not isinstance(text, str):
-        raise ValueError(f"{field} must be a string, not {type(text).__name__}" if field in value else f"{field} is missing")
-    text.encode()  # half a surrogate pair, which JSON can write as \ud83d, is a UnicodeEncodeError, a kind of ValueError
+        raise ValueError(f"{field} is {type(text).__name__}, not a string" if field in value else f"no {field}")
+    text.encode()  # JSON can write half a surrogate pair (\ud83d): a UnicodeEncodeError, which is a ValueError
     return text
 
 
@@ -224,8 +233,8 @@ def _string(value, field):
 def encode(records, tokenizer, max_length):
     """Tokenizes records -> (list of Example, how many records were longer than `max_length` tokens).
 
-    An Example's tokens are an int32 array: BOS, prompt, response, EOS. `prompt_length` counts those without loss: BOS and
-    prompt. A longer record loses its end; where nothing of the response is left the record is dropped.
+    An Example's tokens are an int32 array: BOS, prompt, response, EOS. `prompt_length` counts those without loss: BOS
+    and prompt. A longer record loses its end; where nothing of the response is left the record is dropped.
     """
     examples, truncated = [], 0
     for start in range(0, len(records), 4096):  # lists of Python's integers take ten times the room of an array
@@ -242,9 +251,10 @@ def encode(records, tokenizer, max_length):
 def batch_order(lengths, batch_size, step, seed):
     """The indices of the examples in step `step`'s batch: a pure function, so that a resumed run needs only the step.
 
-    `lengths` is a sequence of numbers of tokens (a tuple is fastest). Examples of near-equal length share a batch. An epoch
-    sees every example once; its last batch is filled with examples drawn a second time. Cheap: epochs are cached.
+    `lengths` is a sequence of numbers of tokens (a tuple is fastest). Examples of near-equal length share a batch. An
+    epoch sees every example once; its last places are filled by drawing some a second time. Cheap: epochs are cached.
     """
+    assert len(lengths) > 0 and batch_size > 0, (len(lengths), batch_size)
     per_epoch = -(-len(lengths) // batch_size)
     return _epoch(tuple(lengths), batch_size, step // per_epoch, seed)[step % per_epoch]
 
@@ -263,7 +273,7 @@ def _epoch(lengths, batch_size, epoch, seed):
 
 
 def collate(examples, pad_id=0):
-    """Examples -> tokens_BT (int64, padded on the right) and loss_BT (bool, True where a token is a target: response, EOS)."""
+    """Examples -> tokens_BT (int64, padded on the right), loss_BT (bool; True where the token is response or EOS)."""
     longest = max(len(e.tokens) for e in examples)
     tokens_BT = torch.full((len(examples), longest), pad_id)
     loss_BT = torch.zeros(len(examples), longest, dtype=torch.bool)
@@ -308,10 +318,10 @@ FIRST_SYLLABLES, LAST_SYLLABLES = "Mi Ta Ko Lu Ne Sa Ri Do Be Fu Pa Vi".split(),
 def make_world(seed=0, people=128, attributes=len(ATTRIBUTES), values=16):
     """A small world of invented people, in which what fine-tuning teaches can be told from what pretraining taught.
 
-    Returns a World: `documents(rng)` are texts that state all facts about all people, one a person, worded and ordered
-    anew by each random.Random; `train` and `test` are Records that ask, in Alpaca's template, about two thirds of the
-    people and about the others; `choices` are the test's questions as a Question each: a prompt, all values as
-    possible responses, and the index of the true one; `heldout` are documents in wordings of their own.
+    Returns a World: `documents(rng)` are texts that tell all facts, one text a person, worded and ordered anew by
+    each random.Random; `train` and `test` are Records that ask, in Alpaca's template, about two thirds of the people
+    and about the others; `choices` are the test's questions as a Question each: a prompt, all values as possible
+    responses, and the index of the true one; `heldout` are documents in wordings of their own.
     """
     side = math.ceil((2 * people) ** 0.5)  # so many first and as many last names: half of all pairs are people
     words = [first + last for first in FIRST_SYLLABLES for last in LAST_SYLLABLES]
