@@ -1,9 +1,9 @@
 """Judging a model: perplexity, multiple choice by log-likelihood, MMLU, and (for train.py) exact match and loss.
 
     python evals.py FOLDER --perplexity FILE.txt
-    python evals.py FOLDER --multiple-choice FILE.jsonl   lines of {"question": "...", "choices": ["..."], "answer": 0}
-    python evals.py FOLDER --mmlu DIR --shots 5           DIR is the official one: dev/*_dev.csv, test/*_test.csv
-    python evals.py FOLDER --mmlu FILE.jsonl              lines of {"subject": "...", "input": "...", "output": "A"}
+    python evals.py FOLDER --multiple-choice FILE.jsonl  lines of {"question": "...", "choices": ["..."], "answer": 0}
+    python evals.py FOLDER --mmlu DIR --shots 5          DIR is the official one: dev/*_dev.csv, test/*_test.csv
+    python evals.py FOLDER --mmlu FILE.jsonl             lines of {"subject": "...", "input": "...", "output": "A"}
     python -m pytest tests/test_evals.py
 
 FOLDER is a model folder (float, quantized, merged) or a run of train.py. What is measured, and how:
@@ -20,8 +20,8 @@ FOLDER is a model folder (float, quantized, merged) or a run of train.py. What i
 * Of equal scores the first wins. Beside an accuracy p of n questions stands its standard error, sqrt(p (1 - p) / n).
 * A question that does not fit the model's context loses its beginning (BOS stays); such questions are counted.
 
-The choices of a question share work only where they differ in the last token (the letters of MMLU): one row of the
-batch then serves them all. Keeping the question's keys and values would save more, for more code than it is worth.
+A question is read once, and its choices continue from its keys and values; questions of equal length are read
+together. So the only padding comes after a choice, where causal attention never looks.
 """
 
 import csv
@@ -109,38 +109,64 @@ def pad(rows):
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
 
-@torch.inference_mode()
 def choice_scores(model, questions, batch_size=16, progress=None):
     """Log-likelihood of every choice after its context, and how many questions had to lose their beginning.
 
-    questions: pairs of a context (token ids, BOS first) and its choices (lists of token ids, none empty). Returns a
-    float64 tensor a question, and the count. Raises UserError when a choice alone is longer than the model's context.
+    questions: pairs of a context (token ids, BOS first) and its choices (lists of token ids, none empty); batch_size
+    counts choices. Returns a float64 tensor a question, and the count. Raises UserError when a choice alone is longer
+    than the model's context.
     """
-    limit, device = model.config.max_position_embeddings, next(model.parameters()).device
-    rows, truncated = {}, 0  # (input tokens, how many at their end predict) -> the (question, choice)s it serves
-    for q, (context, choices) in enumerate(questions):
+    limit, fitted = model.config.max_position_embeddings, []
+    for number, (context, choices) in enumerate(questions, 1):
         room = limit + 1 - max(len(choice) for choice in choices)  # a choice's last token is no input
         if room < 1:
-            raise UserError(f"question {q + 1}: a choice is longer than the model's context ({limit} tokens); shorten it")
-        if len(context) > room:  # by the longest choice: all choices compete after the same context
-            context, truncated = context[:1] + context[len(context) - room + 1:], truncated + 1
-        for c, choice in enumerate(choices):
-            rows.setdefault(((*context, *choice[:-1]), len(choice)), []).append((q, c))
-    scores = [torch.zeros(len(choices), dtype=torch.float64) for _, choices in questions]
-    ordered = sorted(rows, key=lambda row: len(row[0]), reverse=True)  # memory runs out at once or never
-    with tqdm(total=len(ordered), desc=progress, unit=" rows", disable=progress is None) as bar:
-        for first in range(0, len(ordered), batch_size):
-            batch = ordered[first:first + batch_size]
-            tokens_BT, lengths_B = pad([tokens for tokens, _ in batch])
-            predict_B, time_T = torch.tensor([n for _, n in batch]), torch.arange(tokens_BT.shape[1])
-            keep_BT = (time_T < lengths_B[:, None]) & (time_T >= (lengths_B - predict_B)[:, None])
-            logits_NV = model(tokens_BT.to(device), keep_BT=keep_BT.to(device))
-            for row, log_probs in zip(batch, logits_NV.float().log_softmax(-1).split(predict_B.tolist())):
-                for q, c in rows[row]:
-                    choice = torch.tensor(questions[q][1][c], device=device)
-                    scores[q][c] = log_probs.gather(1, choice[:, None]).double().sum().item()
-            bar.update(len(batch))
+            raise UserError(f"question {number}: a choice exceeds the model's context of {limit} tokens; shorten it")
+        fitted.append(context if len(context) <= room else context[:1] + context[len(context) - room + 1:])
+    truncated = sum(len(short) < len(context) for short, (context, _) in zip(fitted, questions))
+    scores = [None] * len(fitted)
+    per_batch = max(1, batch_size // max(len(choices) for _, choices in questions))
+    for batch in equal_length_batches(fitted, per_batch, progress):
+        found = batch_choice_scores(model, [fitted[i] for i in batch], [questions[i][1] for i in batch])
+        for i, score in zip(batch, found):
+            scores[i] = score
     return scores, truncated
+
+
+def equal_length_batches(rows, batch_size, progress):
+    """Batches of indices of rows of equal length, the longest first: if memory runs out, then at once."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    with tqdm(total=len(rows), desc=progress, unit=" questions", disable=progress is None) as bar:
+        for _, group in itertools.groupby(order, key=lambda i: len(rows[i])):
+            while batch := list(itertools.islice(group, batch_size)):
+                yield batch
+                bar.update(len(batch))
+
+
+@torch.inference_mode()
+def batch_choice_scores(model, contexts, choices):
+    """Log-likelihoods of each context's choices, a float64 tensor each; the contexts are of equal length T."""
+    weight = model.model.embed_tokens.weight
+    new_cache = lambda rows, length: llama.Cache(model.config, rows, length, weight.dtype, weight.device)
+    contexts_BT, counts = torch.tensor(contexts, device=weight.device), [len(c) for c in choices]
+    B, T = contexts_BT.shape
+    choice_NL, length_N = pad([choice for c in choices for choice in c])  # all N choices, of at most L tokens
+    N, L = choice_NL.shape
+    rest_NL = (torch.arange(1, L) < length_N[:, None]).to(weight.device)  # [N, L - 1]: the tokens after the first
+    choice_NL = choice_NL.to(weight.device)
+    context_N = torch.repeat_interleave(torch.tensor(counts)).to(weight.device)  # which context a choice continues
+    last_BT = torch.zeros_like(contexts_BT, dtype=torch.bool)
+    last_BT[:, -1] = True
+    cache = new_cache(B, T) if L > 1 else None
+    log_probs_BV = model(contexts_BT, cache, keep_BT=last_BT).float().log_softmax(-1)
+    score_N = log_probs_BV[context_N, choice_NL[:, 0]].double()
+    if L > 1:
+        wide = new_cache(N, T + L - 1)
+        wide.keys[:, :, :, :T], wide.values[:, :, :, :T] = cache.keys[:, context_N], cache.values[:, context_N]
+        wide.length = T
+        logits = model(choice_NL[:, :-1], wide, keep_BT=rest_NL)
+        log_probs = -F.cross_entropy(logits.float(), choice_NL[:, 1:][rest_NL], reduction="none")
+        score_N.index_add_(0, rest_NL.nonzero()[:, 0], log_probs.double())
+    return score_N.cpu().split(counts)
 
 
 def multiple_choice(model, tokenizer, items, batch_size=16, progress=None):
@@ -193,16 +219,12 @@ def mmlu(model, tokenizer, questions, batch_size=16, progress=None):
 def answers(model, tokenizer, prompts, max_new_tokens, batch_size=64, progress=None):
     """The greedy continuation of each prompt, up to EOS, as text. Prompts of equal length go together: no padding."""
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     texts, eos, device = [None] * len(encoded), tokenizer.eos_id(), next(model.parameters()).device
-    with tqdm(total=len(encoded), desc=progress, unit=" prompts", disable=progress is None) as bar:
-        for length, group in itertools.groupby(order, key=lambda i: len(encoded[i])):
-            group = list(group)
-            for batch in (group[i:i + batch_size] for i in range(0, len(group), batch_size)):
-                tokens_BT = torch.tensor([encoded[i] for i in batch], device=device)
-                for i, row in zip(batch, llama.generate(model, tokens_BT, max_new_tokens, eos_token_id=eos).tolist()):
-                    texts[i] = tokenizer.decode(list(itertools.takewhile(lambda token: token != eos, row[length:])))
-                bar.update(len(batch))
+    for batch in equal_length_batches(encoded, batch_size, progress):
+        tokens_BT = torch.tensor([encoded[i] for i in batch], device=device)
+        for i, row in zip(batch, llama.generate(model, tokens_BT, max_new_tokens, eos_token_id=eos).tolist()):
+            new = row[len(encoded[i]):]
+            texts[i] = tokenizer.decode(new[:new.index(eos)] if eos in new else new)
     return texts
 
 
@@ -266,7 +288,7 @@ def letter_index(letter):
 
 
 def read_mmlu(path, shots):
-    """(subject, prompt, answer index) triples of the official folder (test/, and dev/ for shots) or of a JSONL file."""
+    """(subject, prompt, answer index) triples of the official folder (test/, for shots dev/ too) or a JSONL file."""
     path = pathlib.Path(path)
     if not path.is_dir():
         if shots:
@@ -274,7 +296,7 @@ def read_mmlu(path, shots):
         return read_json_lines(path, check_mmlu)
     files = sorted(path.glob("test/*_test.csv"))
     if not files:
-        raise UserError(f"{path} has no test/*_test.csv; give the official folder, with dev/ and test/, or a JSONL file")
+        raise UserError(f"{path} has no test/*_test.csv; give the official folder (dev/ and test/) or a JSONL file")
     questions = []
     for file in files:
         subject = file.name.removesuffix("_test.csv")
