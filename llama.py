@@ -1,8 +1,8 @@
 """The LLaMA model: its forward pass, its key-value cache, generation, and reading its weights from disk.
 
 The model is plain PyTorch in float and knows nothing of quantization. Parameters bear the names of Hugging Face
-checkpoints, so loading is a lookup. Left out on purpose: rope scaling, biases, sliding windows and all else LLaMA-1 and
-LLaMA-2 do not have. A checkpoint that asks for one of these is refused by name, never read as if it did not.
+checkpoints, so loading is a lookup. Left out on purpose: rope scaling, biases, sliding windows and all else that
+LLaMA-1 and LLaMA-2 lack. A checkpoint that asks for one of these is refused by name, never read as if it did not.
 
 Weights are read lazily: `open_weights` checks the names and shapes of a whole checkpoint and returns one function per
 tensor, which reads it through the memory map of its file. So a model larger than memory can be quantized block by
@@ -460,7 +460,7 @@ def open_weights(folder):
     """(config, weights): a LlamaConfig, and for each Hugging Face parameter name a function that reads that tensor.
 
     Names and shapes are checked here, for the whole checkpoint; that a tensor holds finite floats, when it is read.
-    UserError names file and tensor. Layouts: Hugging Face's safetensors and pytorch_model.bin, in one file or in several
+    UserError names file and tensor. Layouts: Hugging Face's safetensors and pytorch_model.bin, one or several files
     with an index; Meta's consolidated.NN.pth, whose shards are joined, and the rotary order changed, on reading.
     """
     folder = pathlib.Path(folder)
