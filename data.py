@@ -106,7 +106,7 @@ def read_records(path):
     """
     text = read_text(path)
     if pathlib.Path(path).suffix == ".txt":
-        records, form = [Record("", p) for p in re.split(r"\n\s*\n", text.strip()) if p], "text"
+        records, form = [Record("", p) for p in re.split(r"\r?\n\s*\n", text.strip()) if p], "text"
     else:
         records, form = [], None
         for number, (line, value) in enumerate(_json_values(path, text), 1):
