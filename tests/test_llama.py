@@ -18,6 +18,15 @@ from llama import CONFIGS, Cache, Llama, LlamaConfig, choose, generate, load_pre
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matmuls this small gain nothing from a second thread, and wait long for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ------------------------------------------------------------------------------------ the oracle and the helpers
 
 def reference_logits(weights, config, tokens, interleaved=False):
@@ -431,9 +440,8 @@ def test_metas_config_has_its_own_defaults(tmp_path):
     ("rope_parameters", {"full_attention": {"rope_theta": 5.0}}), ("rope_parameters", {"partial_rotary_factor": 0.5}),
     ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True),
     ("model_type", "mistral"), ("model_type", ...), ("architectures", ["LlamaForSequenceClassification"]),
-    ("head_dim", 8),
-    ("sliding_window", 4096),
-    ("partial_rotary_factor", 0.5), ("quantization_config", {"bits": 4}), ("auto_map", {"AutoModel": "own.py"}),
+    ("head_dim", 8), ("sliding_window", 4096), ("partial_rotary_factor", 0.5), ("quantization_config", {"bits": 4}),
+    ("auto_map", {"AutoModel": "own.py"}),
     ("vocab_size", ...), ("vocab_size", 24.0), ("hidden_size", None), ("num_hidden_layers", 0), ("hidden_size", True),
     ("rms_norm_eps", -1e-5), ("rms_norm_eps", "1e-5"), ("rope_theta", float("nan")), ("eos_token_id", [1, 2]),
     ("tie_word_embeddings", "no"),
