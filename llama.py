@@ -319,7 +319,7 @@ def _hf_config(path):
             fields["rope_theta"] = rope["rope_theta"]
     if fields.get("num_key_value_heads") is None:  # LLaMA-1's configs are older than grouped-query attention
         fields["num_key_value_heads"] = fields.get("num_attention_heads")
-    return _checked_config(path, fields)
+    return checked_config(path, fields)
 
 
 def _meta_config(path, shards):
@@ -334,10 +334,10 @@ def _meta_config(path, shards):
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = rows("tok_embeddings.weight")[0]
     values["intermediate_size"] = sum(rows("layers.0.feed_forward.w1.weight"))
-    return _checked_config(path, values)
+    return checked_config(path, values)
 
 
-def _checked_config(path, fields):
+def checked_config(path, fields):
     """A LlamaConfig of the fields that bear its names; UserError for what is missing or makes no sense."""
     values = {}
     for field in dataclasses.fields(LlamaConfig):
