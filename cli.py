@@ -9,6 +9,7 @@ import shutil
 import sys
 
 import torch
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -28,9 +29,11 @@ class Parser(argparse.ArgumentParser):
 def run_command(main):
     """Calls `main()`; what a user or a machine can cause ends as `error: ...` on stderr with exit status 2."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            flush_stdout()
     except BrokenPipeError:  # `python sample.py ... | head`: nobody is left to read a message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except UserError as e:
         message = str(e)
@@ -40,7 +43,7 @@ def run_command(main):
         message = f"{e.strerror or e}{where}{advice}"
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory; lower --batch-size or --max-length, or choose a smaller model"
-    except RuntimeError as e:  # the CPU allocator and safetensors report the machine's limits as RuntimeErrors
+    except (RuntimeError, SafetensorError) as e:  # how the CPU allocator and safetensors report the machine's limits
         if "can't allocate memory" in str(e):
             message = "out of memory; lower --batch-size or --max-length, or choose a smaller model"
         elif "No space left" in str(e):
@@ -56,11 +59,21 @@ def run_command(main):
     sys.exit(2)
 
 
+def flush_stdout():
+    """Flushes what was printed while a failure can still be reported; Python's own flush at exit could only complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit has nothing to say
+        raise
+
+
 @contextlib.contextmanager
 def written_whole(path):
     """Yields a path beside `path` to write a file or folder to; renamed to `path` on success, removed on failure.
 
-    An existing `path` is replaced, and stays as it was until then: a crash leaves either the old or the new one.
+    An existing `path` is replaced, and stays as it was until then. (A folder is moved aside first, as no file system
+    replaces a full one; killed between these two renames, the old one is left as `.NAME.PID.old`.)
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,9 +81,10 @@ def written_whole(path):
     _remove(beside)
     try:
         yield beside
-        for file in [beside] if beside.is_file() else beside.iterdir():  # on the disk before it bears the name
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
+        for file in [beside, *beside.rglob("*")]:  # on the disk before it bears the name
+            if file.is_file():
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
         if path.is_dir():  # a folder cannot be renamed onto a full one
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.rename(path, old)
