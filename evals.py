@@ -235,12 +235,31 @@ def exact_match(model, tokenizer, records, max_new_tokens, batch_size=64, progre
     return sum(text.strip() == record.response.strip() for text, record in zip(texts, records)) / len(records)
 
 
+def load(folder, device):
+    """(model, tokenizer) of any model folder or run, in the dtype that `device` computes in.
+
+    float16 weights would be a hundred times slower than float32 on a CPU. Raises UserError, before the model is read,
+    when the device cannot be used, and when the tokenizer is not the model's.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from None
+    if not pathlib.Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder; name a folder with a model or a run")
+    tokenizer, model = data.load_tokenizer(folder), load_model(folder, device=device)
+    if tokenizer.vocab_size() > model.config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size()} pieces, the model's embedding only "
+                        f"{model.config.vocab_size}; copy the tokenizer.model that belongs to the model")
+    return model.to(llama.compute_dtype(model.model.embed_tokens.weight.dtype, device)), tokenizer
+
+
 # Reading: every file is checked before the model is loaded, and an error names the file and the line.
 
 def read_json_lines(path, check):
     """[check(record)] for the JSON object of every line; `check` raises ValueError where something is wrong."""
     items = []
-    for number, line in enumerate(data._read_text(path).split("\n"), 1):
+    for number, line in enumerate(data.read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)
@@ -315,7 +334,7 @@ def read_mmlu(path, shots):
 
 def read_mmlu_csv(path):
     """(question, its choices and "Answer:" as one text; answer index) of each row: question, A, B, C, D, letter."""
-    rows, questions = csv.reader(io.StringIO(data._read_text(path), newline=""), strict=True), []
+    rows, questions = csv.reader(io.StringIO(data.read_text(path), newline=""), strict=True), []
     try:
         for row in filter(None, rows):
             if len(row) != 6:
@@ -375,13 +394,14 @@ def main():
     args = parser.parse_args()
     if not (args.perplexity or args.multiple_choice or args.mmlu):
         parser.error("nothing to judge by; give --perplexity, --multiple-choice or --mmlu")
+    if (args.shots and not args.mmlu) or (args.window is not None and not args.perplexity):
+        parser.error("--shots belongs to --mmlu, --window to --perplexity")
     if args.batch_size < 1 or args.shots < 0 or (args.window is not None and args.window < 1):
         parser.error("--batch-size and --window must be at least 1, --shots at least 0")
-    text = data._read_text(args.perplexity) if args.perplexity else None
+    text = data.read_text(args.perplexity) if args.perplexity else None
     items = read_json_lines(args.multiple_choice, check_choices) if args.multiple_choice else None
     questions = read_mmlu(args.mmlu, args.shots) if args.mmlu else None
-    tokenizer = data.load_tokenizer(args.folder)
-    model = load_model(args.folder, device=args.device)
+    model, tokenizer = load(args.folder, args.device)
     limit = model.config.max_position_embeddings
     if args.window and args.window > limit:
         raise UserError(f"--window {args.window} is more than the model's context of {limit} tokens; lower it")
