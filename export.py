@@ -115,7 +115,7 @@ def offset_rounding(model):
 
 
 def quantized_layers(model):
-    """{name: QuantLinear} of a model; UserError unless all seven layers of every block are such, in fitting groups."""
+    """{name: QuantLinear} of a model; UserError unless all seven of each block are such, in fitting groups."""
     layers = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in LINEARS}
     for name, layer in layers.items():
         if not isinstance(layer, QuantLinear):
@@ -274,6 +274,9 @@ def open_gguf(path):
                         f"{metadata.get('general.architecture')}")
     found = {tensor.name: tensor for tensor in reader.tensors}
     config = gguf_config(path, metadata, tied="output.weight" not in found)
+    if f"blk.{config.num_hidden_layers - 1}.attn_norm.weight" not in found:  # a damaged number may ask for millions
+        raise UserError(f"{path}: has no tensors for the last of {config.num_hidden_layers} layers; fetch it again, "
+                        "or join the parts of a split file with llama-gguf-split --merge")
     model = quantized_skeleton(config, 4, 32)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     shapes |= {f"{name}.weight": (m.out_features, m.in_features) for name, m in quantized_layers(model).items()}
@@ -281,8 +284,7 @@ def open_gguf(path):
     for name, shape in shapes.items():
         tensor = tensors[name] = found.pop(gguf_name(name), None)
         if tensor is None:
-            raise UserError(f"{path}: {gguf_name(name)} is missing; join the parts of a split file with "
-                            "llama-gguf-split --merge")
+            raise UserError(f"{path}: {gguf_name(name)} is missing; fetch the file again")
         check_tensor(gguf, path, tensor, shape, name.split(".")[-2] in LINEARS)
     if found:
         raise UserError(f"{path}: {next(iter(found))} is unexpected; LLaMA has no such weight")
@@ -308,8 +310,9 @@ def gguf_config(path, metadata, tied):
     """The LlamaConfig in a GGUF file's metadata. Raises UserError for what is missing, senseless or not supported."""
     given = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     fields = {field: given.pop(key) for key, field in HYPERPARAMETERS.items() if key in given}
-    heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
-    fields = {"num_key_value_heads": heads, "vocab_size": len(metadata.get("tokenizer.ggml.tokens", [])),
+    pieces = metadata.get("tokenizer.ggml.tokens")
+    fields = {"num_key_value_heads": fields.get("num_attention_heads"), "rms_norm_eps": None,
+              "vocab_size": len(pieces) if isinstance(pieces, list) else None,
               "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", 1),
               "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id", 2), "tie_word_embeddings": tied, **fields}
     config = checked_config(path, fields)
@@ -331,8 +334,8 @@ def check_gguf(path, tokenizer):
     if contents("tokenizer.ggml.model") != "llama":
         raise UserError(f"{path}: its tokenizer is of kind {contents('tokenizer.ggml.model')}, not sentencepiece's")
     pieces = contents("tokenizer.ggml.tokens")
-    if len(pieces) != config.vocab_size:
-        raise UserError(f"{path}: has {len(pieces)} pieces of vocabulary for an embedding of {config.vocab_size}")
+    if not isinstance(pieces, list) or len(pieces) != config.vocab_size:
+        raise UserError(f"{path}: its vocabulary has not the embedding's {config.vocab_size} pieces; fetch it again")
     ours = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
     for i, piece in enumerate(ours):
         if i >= len(pieces) or piece != pieces[i]:
