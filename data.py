@@ -133,9 +133,6 @@ def read_text(path):
         raise UserError(f"{path}, line {line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8") from None
 
 
-_read_text = read_text
-
-
 def _json_values(path, text):
     """[(line number, value)] for the items of one JSON list, or for JSON lines."""
     is_list, line = text.lstrip().startswith("["), 1

@@ -125,9 +125,18 @@ def test_a_missing_or_damaged_tokenizer_is_refused_by_name(toy_tokenizer, tmp_pa
         data.load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("taught, vocab_size", [([], 512), ([""], 512), (["abc"], 512), (["abc"], 200)])
-def test_text_that_cannot_give_so_many_pieces_is_refused_and_nothing_is_written(tmp_path, taught, vocab_size):
-    with pytest.raises(UserError, match=f"no tokenizer of {vocab_size} pieces"):
+def test_a_tokenizer_without_bos_is_refused(toy_tokenizer, tmp_path):
+    proto = toy_tokenizer.serialized_model_proto()
+    assert proto.count(b"\x0a\x03<s>") == 1  # the piece named <s>; without it there is nothing to begin a text with
+    (tmp_path / "tokenizer.model").write_bytes(proto.replace(b"\x0a\x03<s>", b"\x0a\x03<b>"))
+    with pytest.raises(UserError, match="no BOS"):
+        data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("taught, vocab_size, why", [
+    ([], 512, "it is empty"), ([""], 512, "it is empty"), (["abc"], 512, "too high"), (["abc"], 200, "is smaller")])
+def test_text_that_cannot_give_so_many_pieces_is_refused_and_nothing_is_written(tmp_path, taught, vocab_size, why):
+    with pytest.raises(UserError, match=f"no tokenizer of {vocab_size} pieces.*{why}"):
         data.train_tokenizer(taught, tmp_path / "tokenizer.model", vocab_size)
     assert not list(tmp_path.iterdir())
 
@@ -190,6 +199,7 @@ BAD = [  # (the second of three records, what its error says)
     ('{"instruction": "Add.", "output": 3}', "output is int, not a string"),
     ('{"instruction": ["Add."], "output": "3"}', "instruction is list, not a string"),
     ('{"instruction": "Add.", "input": 1, "output": "3"}', "input is int, not a string"),
+    ('{"instruction": "Add.", "input": [], "output": "3"}', "input is list, not a string"),
     ('{"instruction": null, "output": "3"}', "instruction is NoneType, not a string"),
     ('{"instruction": "Add."}', r"its fields \(instruction\) make no known form; needed: instruction, output"),
     ('{}', r"its fields \(none\)"),
@@ -316,7 +326,12 @@ def test_a_batch_depends_on_the_step_alone_not_on_what_was_asked_before():
     for step in random.Random(1).sample(range(400), 20):
         data._epoch.cache_clear()
         assert data.batch_order(list(lengths), 8, step, 3) == in_order[step]
-    assert in_order[:125] != in_order[125:250] and in_order[0] != data.batch_order(lengths, 8, 0, 4)
+    assert in_order[0] != data.batch_order(lengths, 8, 0, 4)
+
+
+def test_every_epoch_groups_the_examples_anew():
+    epochs = [{frozenset(data.batch_order((5,) * 1000, 8, 125 * e + i, 0)) for i in range(125)} for e in range(2)]
+    assert not epochs[0] & epochs[1]
 
 
 def test_batches_of_near_equal_lengths_leave_little_padding_and_come_in_mixed_order():
