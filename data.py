@@ -205,6 +205,8 @@ def _conversation(turns, role_field, text_field):
     records, preamble, prompt = [], PREAMBLE, ""
     for role, group in itertools.groupby(said, lambda turn: ROLES[turn[0]]):
         text = "\n\n".join(text for _, text in group)
+        if role == "system" and prompt:
+            raise ValueError("a system message comes after a user's; it must come first")
         if role == "system":
             preamble = text
         elif role == "user":
