@@ -228,7 +228,7 @@ def test_the_first_bad_record_is_named_by_file_line_and_number(tmp_path, bad, me
     ([{"role": "user", "content": "Add."}], "no user's turn is followed by an assistant's"),
     ([{"role": "user", "content": "Add."}, {"role": "robot", "content": "3"}], "unknown role 'robot'; known: system"),
     ([{"role": "user", "content": "Add."}, {"content": "3"}], "no role"),
-    ([{"role": "user", "content": "Add."}, {"role": "system", "content": "Be brief."}], "a system message comes after"),
+    ([{"role": "user", "content": "Add."}, {"role": "system", "content": "Be brief."}], "a system message"),
     ([{"role": "user", "content": None}], "content is NoneType"),
 ])
 def test_a_bad_conversation_is_refused_by_line(tmp_path, turns, message):
