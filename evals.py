@@ -205,7 +205,8 @@ def mmlu(model, tokenizer, questions, batch_size=16, progress=None):
     seam = len(tokenizer.encode("Answer:"))
     letters = [tokenizer.encode(f"Answer: {letter}")[seam:] for letter in LETTERS]  # as the solved examples have them
     encoded = [(encode_prompt(tokenizer, prompt), letters) for _, prompt, _ in questions]
-    scores, truncated = choice_scores(model, encoded, batch_size, progress)
+    per_letter = batch_size * len(LETTERS)  # choices of one token need no row of their own
+    scores, truncated = choice_scores(model, encoded, per_letter, progress)
     right = {}  # subject -> list of bools
     for score, (subject, _, answer) in zip(scores, questions):
         right.setdefault(subject, []).append(score.argmax().item() == answer)
@@ -238,8 +239,8 @@ def exact_match(model, tokenizer, records, max_new_tokens, batch_size=64, progre
 def load(folder, device):
     """(model, tokenizer) of any model folder or run, in the dtype that `device` computes in.
 
-    float16 weights would be a hundred times slower than float32 on a CPU. Raises UserError, before the model is read,
-    when the device cannot be used, and when the tokenizer is not the model's.
+    (On a CPU, float16 weights as they are stored would be a hundred times slower than float32.) Raises UserError when
+    the device cannot be used, there is no model or no tokenizer, or they do not belong together.
     """
     try:
         torch.empty(1, device=device)
@@ -279,7 +280,8 @@ def check_choices(record):
     question, choices, answer = (record.get(key) for key in ("question", "choices", "answer"))
     if not isinstance(question, str):
         raise ValueError('"question" must be a string')
-    if not isinstance(choices, list) or len(choices) < 2 or any(not isinstance(c, str) or not c for c in choices):
+    texts = choices if isinstance(choices, list) else []
+    if len(texts) < 2 or not all(isinstance(choice, str) and choice.strip() for choice in texts):
         raise ValueError('"choices" must be a list of two or more strings, none of them empty')
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f'"answer" must be the index of the right choice, 0 to {len(choices) - 1}, not {answer!r}')
@@ -399,6 +401,8 @@ def main():
     if args.batch_size < 1 or args.shots < 0 or (args.window is not None and args.window < 1):
         parser.error("--batch-size and --window must be at least 1, --shots at least 0")
     text = data.read_text(args.perplexity) if args.perplexity else None
+    if text is not None and not text.strip():
+        raise UserError(f"{args.perplexity} is empty; give a file with text in it")
     items = read_json_lines(args.multiple_choice, check_choices) if args.multiple_choice else None
     questions = read_mmlu(args.mmlu, args.shots) if args.mmlu else None
     model, tokenizer = load(args.folder, args.device)

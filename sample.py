@@ -7,7 +7,7 @@
 
 FOLDER is a model folder (float, quantized, merged) or a run of train.py. `--prompt` is shown and continued as it is;
 `--instruction` and `--input` go into Alpaca's template, as in fine-tuning, and only the response is shown. Greedy, so
-the same every time, unless there is a --temperature. Ends at EOS, after --max-new-tokens, or where the context is full.
+the same every time, unless --temperature is set. Ends at EOS, after --max-new-tokens, or when the context is full.
 """
 
 import math
@@ -51,8 +51,8 @@ def sample(model, tokenizer, prompt, write, echo=False, max_new_tokens=256, temp
     device = model.model.embed_tokens.weight.device
     add = text_stream(tokenizer, write)
     add(tokens if echo else [])
-    generate(model, torch.tensor([tokens], device=device), min(max_new_tokens, limit - len(tokens)), temperature, top_p,
-             torch.Generator(device).manual_seed(seed), tokenizer.eos_id(), lambda token_B: add(token_B.tolist()))
+    generate(model, torch.tensor([tokens], device=device), min(max_new_tokens, limit - len(tokens)), temperature,
+             top_p, torch.Generator(device).manual_seed(seed), tokenizer.eos_id(), lambda new_B: add(new_B.tolist()))
     add([], last=True)
 
 
@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--input", default="", help="what --instruction is about")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this joint share")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this joint share")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text; default 0")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
