@@ -161,7 +161,8 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table_VD = torch.empty(config.vocab_size, config.hidden_size)  # nn.Embedding would draw one: see Llama
+        self.embed_tokens = nn.Embedding.from_pretrained(table_VD, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing = False
@@ -192,7 +193,7 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for p in self.parameters():
-            if p.dim() == 2:
+            if p.dim() == 2 and not p.is_meta:  # there, normal_ imports all of torch._dynamo: seconds, and 75 MB
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, tokens_BT, cache=None, keep_BT=None):
@@ -327,7 +328,7 @@ def _meta_config(path, shards):
     fields = {name: value for name, value in read_json(path).items() if value is not None}
     for name, value in fields.items():
         if name not in META_NAMES and name not in ("multiple_of", "ffn_dim_multiplier", "max_batch_size"):
-            raise UserError(f"{path}: {name} = {json.dumps(value)} is not supported; LLaMA has no such field")
+            raise UserError(f"{path}: {name} = {json.dumps(value)} is not supported; LLaMA-1 and 2 lack it")
     values = {"rms_norm_eps": 1e-5, "num_key_value_heads": fields.get("n_heads")}  # the defaults of Meta's own code
     values |= {META_NAMES[name]: value for name, value in fields.items() if name in META_NAMES}
     rows = lambda name: [p.shape[0] if p.shape else 0 for p in _pieces(shards, name)]

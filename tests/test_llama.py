@@ -411,6 +411,17 @@ def test_one_block_is_filled_alone_from_the_memory_map(tmp_path):
         assert torch.equal(block.get_parameter(name), p)
 
 
+@pytest.mark.parametrize("layout", HF_LAYOUTS)
+def test_loading_maps_the_files_and_copies_nothing(tmp_path, layout):
+    anonymous = lambda: 1024 * int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])
+    config = LlamaConfig(2**14, 2**10, 4, 1, 1, 1, tie_word_embeddings=True)  # an embedding of 64 MB
+    write_checkpoint(tmp_path, Llama(config), layout)
+    before = anonymous()
+    model = load_pretrained(tmp_path)
+    assert anonymous() - before < 2**23
+    assert model.model.embed_tokens.weight.nbytes == 2**26
+
+
 @pytest.mark.parametrize("fields, attribute, value", [
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": ...}, "rope_theta", 500.0),
     ({"rope_scaling": None, "rope_theta": 1e6}, "rope_theta", 1e6),
