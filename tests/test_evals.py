@@ -3,12 +3,14 @@
 import csv
 import json
 import math
+import pathlib
 import re
 import statistics
 import subprocess
 import sys
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ import evals
 import llama
 from cli import UserError, run_command
 
-ROOT = evals.pathlib.Path(evals.__file__).parent
+ROOT = pathlib.Path(evals.__file__).parent
 TEXTS = ["The following are multiple choice questions (with answers) about  anatomy.\n\nWhat is it?\nA. one\nB. two",
          "Answer: A\n\nAnswer: B\n\nAnswer: C\n\nAnswer: D\n\nhe is using wrap to wrap a pair of skis. naïve 東京"]
 
@@ -129,7 +131,7 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large()
 @given(st.lists(st.tuples(tokens(0, 6), tokens(1, 6)), min_size=1, max_size=5), st.integers(1, 4))
 @settings(max_examples=20)
 def test_response_loss_is_the_mean_over_all_response_tokens_however_they_are_batched(pairs, batch_size):
-    examples = [data.Example(data.np.array([1, *prompt, *response], data.np.int32), 1 + len(prompt))
+    examples = [data.Example(np.array([1, *prompt, *response], np.int32), 1 + len(prompt))
                 for prompt, response in pairs]
     total = sum(-log_likelihood(EXACT, [1, *prompt], response) for prompt, response in pairs)
     expected = total / sum(len(response) for _, response in pairs)
@@ -147,8 +149,9 @@ def test_sum_and_length_normalised_choices_differ_where_they_should(tokenizer, m
     given = [torch.tensor([-10.0, -12.0, -90.0])] * 4  # per character: -5, -3, -9
     monkeypatch.setattr(evals, "choice_scores", lambda *rest: (given, 3))
     items = [("question", ["ab", "abcd", "abcdefghij"], answer) for answer in (0, 0, 1, 2)]
-    assert evals.multiple_choice(FLOAT, tokenizer, items) == dict(
-        questions=4, accuracy=0.5, accuracy_error=0.25, normalized=0.25, normalized_error=math.sqrt(3) / 8, truncated=3)
+    expected = {"questions": 4, "accuracy": 0.5, "accuracy_error": 0.25, "normalized": 0.25,
+                "normalized_error": math.sqrt(3) / 8, "truncated": 3}
+    assert evals.multiple_choice(FLOAT, tokenizer, items) == expected
 
 
 def test_multiple_choice_takes_the_likeliest_choice(tokenizer):
@@ -208,7 +211,8 @@ def mmlu_folder(path, rows):
 
 def test_a_few_shot_prompt_is_the_official_one_to_the_letter(tmp_path):
     mmlu_folder(tmp_path, {
-        "dev/us_foreign_policy_dev.csv": [["Who?", "he", "she", "they", "1,5", "C"], ["Why?", "a", "b", "c", "d", "A"]],
+        "dev/us_foreign_policy_dev.csv": [["Who?", "he", "she", "they", "1,5", "C"],
+                                          ["Why?", "a", "b", "c", "d", "A"]],
         "test/us_foreign_policy_test.csv": [['A "quoted"\nquestion, with commas:', "", "NA", "é", "1.50", "D"]]})
     start = "The following are multiple choice questions (with answers) about  us foreign policy.\n\n"
     end = 'A "quoted"\nquestion, with commas:\nA. \nB. NA\nC. é\nD. 1.50\nAnswer:'
@@ -278,7 +282,8 @@ GOOD_MMLU = '{"subject": "anatomy", "input": "q\\nAnswer:", "output": "A"}'
 
 
 @pytest.mark.parametrize("line, complaint", [
-    ("{", "Expecting property name"), ("[]", "no JSON object"), ('{"choices": ["a", "b"], "answer": 1}', '"question"'),
+    ("{", "Expecting property name"), ("[]", "no JSON object"),
+    ('{"choices": ["a", "b"], "answer": 1}', '"question"'),
     ('{"question": "q", "choices": ["a"], "answer": 0}', '"choices"'),
     ('{"question": "q", "choices": ["a", " "], "answer": 0}', '"choices"'),
     ('{"question": "q", "choices": "ab", "answer": 0}', '"choices"'),
@@ -379,8 +384,8 @@ def test_the_command_prints_every_kind_of_score(folder, tmp_path):
     ([], "nothing to judge by"), (["--perplexity", "nix.txt"], "cannot read nix.txt"),
     (["--mmlu", "nix"], "cannot read nix"), (["--multiple-choice", "nix.jsonl"], "cannot read nix.jsonl"),
     (["--perplexity", "FILE", "--window", "65"], "64 tokens"), (["--mmlu", "nix", "--window", "6"], "--perplexity"),
-    (["--perplexity", "FILE", "--batch-size", "0"], "at least 1"), (["--perplexity", "FILE", "--shots", "5"], "--mmlu"),
-    (["--perplexity", "FILE", "--device", "abacus"], "--device abacus cannot be used"),
+    (["--perplexity", "FILE", "--batch-size", "0"], "at least 1"), (["--mmlu", "nix", "--shots", "-1"], "at least 0"),
+    (["--perplexity", "FILE", "--shots", "5"], "--mmlu"), (["--perplexity", "FILE", "--device", "abacus"], "abacus"),
     (["--perplexity", "EMPTY"], "is empty")])
 def test_a_users_mistake_is_one_line_and_status_2(folder, tmp_path, monkeypatch, capsys, arguments, complaint):
     (tmp_path / "FILE").write_text("he is")
