@@ -5,6 +5,7 @@
 The result has the same codes and scales, needs no adapter, and returns the same bits as the adapted model.
 """
 
+import hashlib
 import pathlib
 import shutil
 
@@ -50,7 +51,7 @@ def load_run(run, dtype=None, device="cpu"):
         raise UserError(f"{run} has no finished adapter yet; go on with train.py --resume --out {run}")
     model = load_model(run / "base", dtype, device)
     settings = load_adapter(model, run / "adapter")
-    found = quantization_of(run / "base")["sha256"]
+    found = base_identity(run / "base")
     if settings["base"] != found:
         raise UserError(f"{run}/adapter was trained over the base {settings['base'][:12]}, but {run}/base is "
                         f"{found[:12]}: merged, they would be wrong; train again with --fresh")
@@ -68,8 +69,19 @@ def save_merged(model, run, folder):
     with written_whole(folder) as beside:
         beside.mkdir()
         shutil.copyfile(run / "base" / "tokenizer.model", beside / "tokenizer.model")
+        if (run / "base" / "gguf.safetensors").exists():  # what export.py writes back into a GGUF file
+            shutil.copyfile(run / "base" / "gguf.safetensors", beside / "gguf.safetensors")
         quantized = any(isinstance(layer, QuantLinear) for layer in model.modules())
         (save_quantized if quantized else save_pretrained)(model, beside)
+
+
+def base_identity(folder):
+    """The SHA-256 of a base's model.safetensors, as recorded when it was quantized; a float base's is computed here."""
+    quantization = quantization_of(folder)
+    if quantization:
+        return quantization["sha256"]
+    with open(pathlib.Path(folder) / "model.safetensors", "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def main():

@@ -112,23 +112,31 @@ def save_adapter(model, folder, **origin):
 
 
 def load_adapter(model, folder):
-    """Adds the adapters kept in `folder` to `model`; returns what adapter.json says.
-
-    Raises UserError when a file is missing or damaged, or a tensor does not fit the model: an adapter trained over
-    other groups has no meaning here.
-    """
-    folder = pathlib.Path(folder)
+    """Adds the adapters kept in `folder` to `model`; returns what adapter.json says. Errors as in `restore_adapter`."""
+    path = pathlib.Path(folder) / "adapter.json"
     try:
-        settings = json.loads((folder / "adapter.json").read_text())
-        tensors = load_file(folder / "adapter.safetensors")
+        settings = json.loads(path.read_text())
         add_adapters(model, settings["rank"], settings["alpha"], settings["targets"])
-    except (ValueError, KeyError, SafetensorError) as e:
-        raise UserError(f"{folder} holds no readable adapter ({type(e).__name__}: {e}); train it again") from e
-    parameters = adapter_parameters(model)
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); train the adapter again") from e
+    restore_adapter(model, folder)
+    return settings
+
+
+def restore_adapter(model, folder):
+    """Copies the tensors of a folder's adapter.safetensors into the adapters that `model` already has.
+
+    Raises UserError when the file is missing or damaged, or a tensor does not fit: an adapter trained over other groups
+    has no meaning here.
+    """
+    path, parameters = pathlib.Path(folder) / "adapter.safetensors", adapter_parameters(model)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as e:
+        raise UserError(f"{path} is damaged ({e}); train the adapter again") from e
     for name in sorted(parameters.keys() | tensors.keys()):
         wanted, found = ([*t[name].shape] if name in t else None for t in (parameters, tensors))
         if wanted != found:
-            raise UserError(f"{folder}/adapter.safetensors: {name} is {found or 'missing'} where the model needs "
-                            f"{wanted or 'none'}; it belongs to a model with other layers or another group size")
+            raise UserError(f"{path}: {name} is {found or 'missing'} where the model needs {wanted or 'none'}; it belongs "
+                            "to a model with other layers or another group size")
         parameters[name].data.copy_(tensors[name])
-    return settings

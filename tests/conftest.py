@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 hypothesis.settings.register_profile("qalora", deadline=None, print_blob=True, max_examples=50,
                                      suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("qalora")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small matrices: a second thread mostly waits, and with company for ages
 
 MAY_SKIP = ("needs a GPU", "needs ../shared/data")
 

@@ -1,0 +1,165 @@
+"""The options of train.py: what they mean, what they default to, and every check that needs no slow work."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import torch
+
+import data
+from cli import Parser, UserError
+from llama import CONFIGS, LINEARS, Llama, read_config
+from quant import check_group_size, quantization_of
+
+TOY = dict(rank=8, alpha=16.0, lr=1.5e-3, steps=400, batch_size=32, micro_batch_size=32, max_length=256, clip=1.0)
+REAL = dict(rank=64, alpha=16.0, lr=2e-5, steps=10_000, batch_size=16, micro_batch_size=4, max_length=512, clip=0.3)
+SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+MISSING_WEIGHTS = """there are no weights in {weights}
+LLaMA weights are to be had from Meta (llama.com) or, once its licence is accepted, from huggingface.co/meta-llama.
+Put config.json, tokenizer.model and the .safetensors files (or Meta's own files) into one folder, then type:
+    python train.py --model {model} --weights FOLDER --data alpaca.json --out runs/{model}"""
+
+
+def read_settings(description):
+    """A dict of all settings: what the command line says, else run.json (with --resume), else the recipe.
+
+    Raises UserError for anything wrong that can be seen before the first slow stage.
+    """
+    parser = Parser(prog="train.py", description=description)
+    say = parser.add_argument
+    say("--model", help=f"tiny (the default without --weights), or the size that --weights must have: {' '.join(CONFIGS)}")
+    say("--weights", help="a LLaMA: a folder of Hugging Face, of Meta, or of merge.py (default: weights/MODEL)")
+    say("--tokenizer", help="its sentencepiece model, where the weights' folder has none")
+    say("--data", help="instructions: JSON or JSONL in Alpaca's form or another (see data.py), or plain text")
+    say("--calibration", help="text or instructions for GPTQ (default: the training data)")
+    say("--calibration-tokens", type=positive(int), help="how many tokens of it at most (262144: 128 times 2048)")
+    say("--out", help="the folder of the run (runs/MODEL)")
+    say("--method", choices=["qalora", "lora", "qlora"], help="qalora, or one of the baselines")
+    say("--bits", type=int, choices=[2, 3, 4], help="bits of a code (4)")
+    say("--group-size", type=positive(int), help="inputs that share a scale and an offset (32)")
+    say("--quantizer", choices=["gptq", "rtn"], help="gptq, or rounding to nearest")
+    say("--rank", type=positive(int), help="rank of the adapters (64; tiny: 8)")
+    say("--alpha", type=positive(float), help="the adapters are scaled by alpha / rank (16)")
+    say("--targets", help="the layers that get one, such as q_proj,v_proj (all seven)")
+    say("--lr", type=positive(float), help="learning rate, constant (2e-5, above 13b 1e-5; tiny: 1.5e-3)")
+    say("--steps", type=positive(int), help="steps of fine-tuning (10000; tiny: 400)")
+    say("--batch-size", type=positive(int), help="records in a step, over all processes (16; tiny: 32)")
+    say("--micro-batch-size", type=positive(int), help="records at once on one device (4; tiny: 32)")
+    say("--max-length", type=positive(int), help="a longer record is cut to so many tokens (512; tiny: 256)")
+    say("--checkpointing", type=int, choices=[0, 1], help="1: recompute each block in the backward pass, to save memory")
+    say("--save-every", type=positive(int), help="steps between checkpoints (100)")
+    say("--seed", type=int, help="decides the adapters' start and the order of the data (0)")
+    say("--device", help="cpu or cuda (cuda where there is one)")
+    say("--resume", action="store_true", help="go on with the run in --out")
+    say("--fresh", action="store_true", help="also make anew what is otherwise kept: the tiny model and the quantized base")
+    say("--plot", action="store_true", help="draw the loss curve to loss.png in the run's folder (needs matplotlib)")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    now = {name: given.pop(name) for name in ("resume", "fresh", "plot")}  # what this start is to do, not the run
+    settings = resumed(given) if now["resume"] else {**recipe(given), **given}
+    check(settings)
+    return {**settings, **now}
+
+
+def positive(kind):
+    """A converter for numbers above zero, for argparse."""
+    def read(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+    read.__name__ = f"{kind.__name__} above zero"  # argparse says: invalid int above zero value: '0'
+    return read
+
+
+def recipe(given):
+    """The defaults: for real weights those of the paper (section 4.1), with its lower learning rate above 13b."""
+    model = given.get("model") or (None if "weights" in given else "tiny")
+    if model not in (None, *CONFIGS):
+        raise UserError(f"unknown --model {model}; choose one of {', '.join(CONFIGS)}")
+    weights = given.get("weights") or (None if model == "tiny" else f"weights/{model}")
+    if weights and not pathlib.Path(weights).exists():
+        raise UserError(MISSING_WEIGHTS.format(weights=weights, model=model or "7b"))
+    settings = dict(TOY if not weights else REAL, bits=4, group_size=32, quantizer="gptq", method="qalora")
+    if weights:
+        settings |= {name: q[name] for q in [quantization_of(weights) or {}] for name in ("bits", "group_size") if name in q}
+        settings["lr"] = 1e-5 if read_config(weights).hidden_size > 5120 else settings["lr"]
+    return dict(model=model, weights=weights, tokenizer=None, data=None, calibration=None, calibration_tokens=2 ** 18,
+                out=f"runs/{model or pathlib.Path(weights).resolve().stem}", targets=",".join(LINEARS),
+                checkpointing=int(bool(weights)), save_every=100, seed=0,
+                device="cuda" if torch.cuda.is_available() else "cpu", **settings)
+
+
+def resumed(given):
+    """The settings in run.json; only --steps and --device may differ: the learning rate is constant, so more is more."""
+    path = pathlib.Path(given.get("out") or f"runs/{given.get('model', 'tiny')}") / "run.json"
+    if not path.exists():
+        raise UserError(f"nothing to resume: there is no {path}; start without --resume, or name the run with --out")
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}); start the run anew without --resume") from e
+    for name, value in given.items():
+        if name not in ("out", "steps", "device") and settings.get(name) != value:
+            raise UserError(f"--{name.replace('_', '-')} {value} contradicts {path}, which says {settings.get(name)}; "
+                            "leave it out, or start the run anew without --resume")
+    return {**settings, **given, "out": str(path.parent)}
+
+
+def check(s):
+    """Raises UserError for settings that cannot work."""
+    config = read_config(s["weights"]) if s["weights"] else CONFIGS["tiny"]
+    for name in SIZES:
+        expected = getattr(CONFIGS.get(s["model"], config), name)
+        if getattr(config, name) != expected:
+            raise UserError(f"--model {s['model']} has {name} {expected}, but {s['weights']} has {getattr(config, name)}; "
+                            "leave out --model, or name the right --weights")
+    if s["method"] == "qalora":
+        check_group_size(config, s["group_size"])
+    kept = quantization_of(s["weights"]) if s["weights"] else None
+    if kept and (s["method"], s["bits"], s["group_size"]) != ("qalora", kept.get("bits"), kept.get("group_size")):
+        raise UserError(f"{s['weights']} is quantized already, to {kept.get('bits')} bits in groups of "
+                        f"{kept.get('group_size')}: leave out --method, --bits and --group-size")
+    unknown = [name for name in s["targets"].split(",") if name not in LINEARS]
+    if unknown:
+        raise UserError(f"--targets names {unknown[0]!r}; the linear layers of a block are {','.join(LINEARS)}")
+    if s["weights"] and not s["data"]:
+        raise UserError("--data FILE is missing: the instructions to fine-tune on, for example alpaca.json")
+    for option in ("data", "calibration"):
+        if s[option] and not pathlib.Path(s[option]).is_file():
+            raise UserError(f"--{option} {s[option]}: there is no such file")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if s["batch_size"] % processes:
+        raise UserError(f"--batch-size {s['batch_size']} cannot be shared by {processes} processes; use a multiple")
+    try:
+        torch.empty(1, device=s["device"])
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {s['device']} cannot be used here: {str(e).splitlines()[0]}") from e
+    if s["weights"]:
+        pieces = data.load_tokenizer(s["tokenizer"] or s["weights"]).vocab_size()
+        if pieces > config.vocab_size:
+            raise UserError(f"the tokenizer has {pieces} pieces, the embedding only {config.vocab_size}: they do not "
+                            "belong together; name the right one with --tokenizer")
+    check_room(s, config)
+
+
+def check_room(s, config):
+    """Raises UserError when the run's folder cannot be written, or its disk cannot hold base, checkpoints and result."""
+    out = pathlib.Path(s["out"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink(missing_ok=True)  # another process may have been faster
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be written ({e.strerror}); choose another folder") from e
+    with torch.device("meta"):
+        model = Llama(config)
+    linears = sum(p.numel() for p in model.model.layers.parameters())
+    others = sum(p.numel() for p in model.parameters()) - linears
+    base = linears * (s["bits"] / 8 + 6 / s["group_size"] if s["method"] == "qalora" else 4) + 4 * others
+    widths = sum(sum(p.shape) for name, p in model.named_parameters() if name.split(".")[-2] in s["targets"].split(","))
+    need = base + 2 * 3 * 4 * s["rank"] * widths  # twice an adapter and AdamW's two moments, in float32
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise UserError(f"--out {out} has {free / 1e9:.1f} GB free where the run may need {need / 1e9:.1f} GB; "
+                        "choose a disk with more room")

@@ -1,0 +1,452 @@
+"""QA-LoRA from end to end: quantize a LLaMA, train adapters beside it, fold them in, score every stage.
+
+    python train.py                                      a tiny LLaMA in a toy world, in minutes
+    python train.py --model 7b --weights DIR --data alpaca.json --out runs/7b
+    python train.py --resume --out runs/7b               goes on after an interruption
+    torchrun --nproc_per_node=2 train.py --model 7b ...  on several GPUs (or processes)
+
+A run is a folder: run.json (every setting), base/ (the quantized model), step-N/ (a checkpoint), adapter/ (the result),
+metrics.jsonl (a line a step), results.json. A step's batch is a function of the settings and the step alone, and
+nothing else is drawn at random: so a resumed run goes on to the same bits, and processes only share the work.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import evals
+from cli import UserError, run_command, written_whole
+from llama import CONFIGS, LINEARS, Llama, compute_dtype, fill, open_weights, save_pretrained
+from merge import base_identity, load_model, merge, save_merged
+from qalora import adapter_parameters, add_adapters, restore_adapter, save_adapter
+from quant import quantization_of, quantize_model, save_quantized
+from settings import read_settings
+
+TOY_BASE = pathlib.Path("runs/tiny-base")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+# ---- 1. the tiny model
+
+def pretrain(world, folder, steps=1900, batch_size=16, length=64):
+    """Trains the tiny LLaMA and its tokenizer on the toy world's documents, in float32; writes a model folder."""
+    torch.manual_seed(0)
+    rng, draw = random.Random(0), torch.Generator().manual_seed(0)
+    passes = [world.documents(rng) for _ in range(50)]
+    with written_whole(folder) as beside:
+        beside.mkdir()
+        spelled = sum(passes[:4], [r.prompt for r in world.train])  # more passes would crowd out the prompts' words
+        tokenizer = data.train_tokenizer(spelled, beside / "tokenizer.model", 512)
+        tokens = data.token_stream(sum(passes, []), tokenizer)
+        model = Llama(CONFIGS["tiny"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
+        for _ in (bar := tqdm(range(steps), "pretraining", unit="step")):
+            batch = data.windows(tokens, batch_size, length + 1, draw)
+            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step(), decay.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        save_pretrained(model, beside)
+
+
+# ---- 2. the base
+
+def prepare_base(s, texts):
+    """Makes the run's base/, unless what is there was made from the same weights in the same way."""
+    base, weights = pathlib.Path(s["out"]) / "base", pathlib.Path(s["weights"] or TOY_BASE)
+    wanted = {"method": s["method"], "source": fingerprint(weights)}
+    if s["method"] == "qalora":
+        wanted |= {"bits": s["bits"], "group_size": s["group_size"], "quantizer": s["quantizer"]}
+    record = base / "made_from.json"
+    found = json.loads(record.read_text()) if record.exists() else None
+    if found == wanted and not s["fresh"]:
+        print(f"base: {base} is already made from these weights in this way")
+        return
+    if found:
+        print(f"base: {base} was made from other weights or in another way; making it anew")
+    with written_whole(base) as beside:
+        beside.mkdir()
+        tokenizer = data.load_tokenizer(s["tokenizer"] or weights)
+        (beside / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
+        make_base(s, weights, beside, lambda config: calibration_windows(texts(), tokenizer, config, s["calibration_tokens"]))
+        (beside / record.name).write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def make_base(s, weights, folder, calibration):
+    """Writes the model beside which adapters are trained: float for lora, NF4 for qlora, quantized in groups for qalora."""
+    if quantization_of(weights):  # a merged model fine-tuned again
+        for name in ("model.safetensors", "config.json"):
+            shutil.copyfile(weights / name, folder / name)
+        return
+    config, tensors = open_weights(weights)
+    with torch.device("meta"):
+        model = Llama(config)
+    stored = tensors["model.embed_tokens.weight"]().dtype
+    dtype = compute_dtype(stored, s["device"])
+    if s["method"] == "lora":
+        save_pretrained(fill(model, tensors), folder)
+        return
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        if f"{name}.weight" in tensors:
+            fill(model.get_submodule(name), tensors, f"{name}.", dtype, s["device"])
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    quantize_model(model, s["bits"], s["group_size"], calibration(config) if s["quantizer"] == "gptq" else None, tensors)
+    save_quantized(model, folder, stored, quantizer=s["quantizer"])
+
+
+def calibration_windows(texts, tokenizer, config, count):
+    """About `count` tokens of the texts, in windows [N, T] of at most 2,048 tokens."""
+    tokens = data.token_stream(texts, tokenizer)[:count]
+    length = min(len(tokens), 2048, config.max_position_embeddings)
+    return tokens[:len(tokens) // length * length].view(-1, length)
+
+
+def fingerprint(weights):
+    """SHA-256 over name, size, first and last megabyte of every weight file: tells checkpoints apart without reading all."""
+    sha = hashlib.sha256()
+    files = [f for f in weights.iterdir() if f.suffix in (".safetensors", ".bin", ".pth")] if weights.is_dir() else [weights]
+    for file in sorted(files):
+        with open(file, "rb") as f:
+            sha.update(f"{file.name} {file.stat().st_size}".encode() + f.read(2 ** 20))
+            f.seek(max(0, file.stat().st_size - 2 ** 20))
+            sha.update(f.read())
+    return sha.hexdigest()
+
+
+# ---- 3. fine-tuning
+
+def fine_tune(s, model, examples, held_out):
+    """Trains the adapters of `model` in place, from the newest checkpoint with --resume, else from the start.
+
+    Raises UserError when the loss is not finite.
+    """
+    out, parameters = pathlib.Path(s["out"]), list(adapter_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=s["lr"], weight_decay=0.0)
+    done = load_checkpoint(out, model, optimizer) if s["resume"] else 0
+    network, lengths = model, tuple(len(e.tokens) for e in examples)
+    if WORLD > 1:  # the base is the same file for all, and the adapters start from the same seed: nothing to send
+        network = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+    bar = tqdm(range(done, s["steps"]), "fine-tuning", unit="step", initial=done, total=s["steps"], disable=RANK > 0)
+    with stopped_by_signals() as signals, metrics_from(out, done) as write_metrics:
+        for step in bar:
+            start = time.monotonic()
+            batch = [examples[i] for i in data.batch_order(lengths, s["batch_size"], step, s["seed"])]
+            loss = accumulate_gradients(network, batch, s["micro_batch_size"])
+            norm = torch.nn.utils.clip_grad_norm_(parameters, s["clip"]).item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise UserError(f"step {step + 1}: the loss is {loss:g}, its gradient {norm:g}; the last good checkpoint "
+                                f"is {newest_checkpoint(out)}; lower --lr and start again")
+            optimizer.step()
+            optimizer.zero_grad()
+            speed = sum(len(e.tokens) for e in batch) / (time.monotonic() - start)
+            line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": s["lr"], "tokens_per_second": round(speed)}
+            last = step + 1 == s["steps"]
+            if (step + 1) % s["save_every"] == 0 or last or signals:
+                if held_out and not signals:
+                    line["validation_loss"] = evals.response_loss(model, held_out, s["micro_batch_size"])
+                save_checkpoint(out, step + 1, model, optimizer)
+            write_metrics(line)
+            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}", GB=f"{memory_in_use(s['device']):.1f}", refresh=False)
+            if signals and not last:
+                bar.close()
+                sys.exit(f"stopped after step {step + 1}; go on with: python train.py --resume --out {out}")
+
+
+def accumulate_gradients(network, batch, micro_batch_size):
+    """Adds to the gradients those of a batch's loss; returns the loss, a mean over the batch's response tokens.
+
+    Every micro-batch's sum is divided by the number of response tokens in the *global* batch, so neither accumulation
+    nor the number of processes changes the loss. Of the batch, this process takes every WORLD-th example.
+    """
+    response_tokens = sum(len(e.tokens) - e.prompt_length for e in batch)
+    mine = batch[RANK::WORLD]
+    micro_batches = [mine[i:i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
+    device, total = next(network.parameters()).device, 0.0
+    for micro_batch in micro_batches:
+        tokens_BT, target_BT = (t.to(device) for t in data.collate(micro_batch))
+        waits = WORLD > 1 and micro_batch is not micro_batches[-1]  # the gradients meet once a step
+        with network.no_sync() if waits else contextlib.nullcontext():
+            logits_NV = network(tokens_BT[:, :-1], keep_BT=target_BT[:, 1:])
+            loss = F.cross_entropy(logits_NV.float(), tokens_BT[target_BT], reduction="sum") / response_tokens
+            (loss * WORLD).backward()  # DistributedDataParallel takes the mean over the processes
+        total += loss.detach()
+    if WORLD > 1:
+        dist.all_reduce(total)
+    return total.item()
+
+
+def memory_in_use(device):
+    """GB that the process has taken: on the GPU its peak, on the CPU what is resident now."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    statm = pathlib.Path("/proc/self/statm")  # Linux only; elsewhere the bar shows 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9 if statm.exists() else 0.0
+
+
+@contextlib.contextmanager
+def stopped_by_signals():
+    """Yields a list that the first Ctrl-C or SIGTERM is put into, so that the step can end; a second one kills."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+    before = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+@contextlib.contextmanager
+def metrics_from(out, done):
+    """Yields a function that appends one line to metrics.jsonl, after cutting it back to the first `done` steps."""
+    path = out / "metrics.jsonl"
+    if RANK:
+        yield lambda line: None
+        return
+    lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
+    with written_whole(path) as beside:
+        beside.write_text("".join(lines))
+    with open(path, "a", buffering=1) as file:  # by lines, so that what has happened can be read at any time
+        yield lambda line: file.write(json.dumps(line) + "\n")
+
+
+# ---- checkpoints: step-N/ is complete when it bears that name
+
+def save_checkpoint(out, step, model, optimizer):
+    """Writes step-N/ (the adapter, AdamW's state), then removes older ones. Only the first process writes."""
+    if RANK == 0:
+        with written_whole(out / f"step-{step}") as beside:
+            save_adapter(model, beside)  # makes the folder
+            torch.save({"step": step, "optimizer": optimizer.state_dict()}, beside / "optimizer.pt")
+        for folder in out.glob("step-*"):
+            if folder.name != f"step-{step}":
+                shutil.rmtree(folder)
+
+
+def newest_checkpoint(out):
+    """The step-N/ with the highest N, or None."""
+    return max(out.glob("step-*"), key=lambda folder: int(folder.name[5:]), default=None)
+
+
+def load_checkpoint(out, model, optimizer):
+    """Restores the newest checkpoint into the adapters and the optimizer; returns its step, 0 when there is none."""
+    folder = newest_checkpoint(out)
+    if folder is None:
+        return 0
+    restore_adapter(model, folder)
+    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+# ---- 4. merging, and 5. scoring
+
+def logits_digest(model, examples, batch_size):
+    """SHA-256 over the bits of all logits of the examples: equal digests mean equal logits."""
+    sha = hashlib.sha256()
+    with torch.inference_mode():
+        for i in range(0, len(examples), batch_size):
+            tokens_BT, _ = data.collate(examples[i:i + batch_size])
+            logits = model(tokens_BT.to(next(model.parameters()).device))
+            sha.update(logits.cpu().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def bits_per_weight(model):
+    """Bits that the blocks' linear layers and their adapters take, measured from what they hold, per weight."""
+    layers = [m for name, m in model.named_modules() if name.rpartition(".")[2] in LINEARS]
+    weights = sum(base.in_features * base.out_features for base in (getattr(m, "base", m) for m in layers))
+    return 8 * sum(t.nbytes for m in layers for t in m.state_dict().values()) / weights
+
+
+def score(label, model, tokenizer, world, files):
+    """One row of the default run's table."""
+    stream = data.token_stream(world.heldout, tokenizer)
+    choices = evals.multiple_choice(model, tokenizer, world.choices, 256, f"{label}: multiple choice")
+    return {"model": label,
+            "exact_match": evals.exact_match(model, tokenizer, world.test, 8, 64, f"{label}: exact match"),
+            "multiple_choice": choices["accuracy"],
+            "perplexity": evals.perplexity(model, stream, 64, f"{label}: perplexity", 64),
+            "bits_per_weight": bits_per_weight(model),
+            "megabytes": sum(f.stat().st_size for folder in files for f in folder.glob("*.safetensors")) / 1e6}
+
+
+def table(rows):
+    """The rows as text."""
+    head = f"{'':16}exact match  multiple choice  perplexity  bits per weight  file size"
+    return "\n".join([head] + [
+        f"{r['model']:16}{r['exact_match']:10.1%}{r['multiple_choice']:17.1%}{r['perplexity']:12.3f}"
+        f"{r['bits_per_weight']:17.3f}{r['megabytes']:8.2f} MB" for r in rows])
+
+
+# ---- the whole run
+
+def main():
+    s = read_settings(__doc__)
+    out, say = pathlib.Path(s["out"]), print if RANK == 0 else lambda *words: None
+    world = None if s["data"] else data.make_world()
+    if not s["weights"]:
+        torch.set_num_threads(1)  # its matrices are so small that a second thread mostly waits
+    if RANK == 0:
+        prepare(s, out, world)
+    if WORLD > 1:  # the others wait here until the base is made
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if s["device"] == "cuda" else s["device"]
+        dist.init_process_group("nccl" if s["device"] == "cuda" else "gloo", timeout=datetime.timedelta(days=2))
+        s["device"] = device
+    tokenizer = data.load_tokenizer(out / "base")
+    train, held_out = read_examples(s, world, tokenizer, say)
+    model = load_model(out / "base", device=s["device"])
+    model.to(compute_dtype(model.model.embed_tokens.weight.dtype, s["device"]))
+    model.model.checkpointing = bool(s["checkpointing"])
+    torch.manual_seed(s["seed"])
+    add_adapters(model, s["rank"], s["alpha"], s["targets"].split(","))
+    count = sum(p.numel() for p in adapter_parameters(model).values())
+    say(f"fine-tuning {count:,} parameters beside {bits_per_weight(model):.2f} bits a weight, on {len(train)} examples")
+    fine_tune(s, model, train, held_out)
+    if RANK == 0:
+        save_adapter(model, out / "adapter", method=s["method"], base=base_identity(out / "base"))
+        results = finish_toy(s, out, model, tokenizer, world) if world else finish(s, out, model, held_out)
+        with written_whole(out / "results.json") as beside:
+            beside.write_text(json.dumps(results, indent=2) + "\n")
+        if s["plot"]:
+            plot(out)
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+def prepare(s, out, world):
+    """What one process does for all: the run's folder, the tiny model where it is wanted, the base."""
+    for leftover in out.glob(".*.unfinished"):  # of a run that was killed while it wrote
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if not s["resume"]:
+        if s["weights"] and newest_checkpoint(out) and not (out / "adapter").exists() and not s["fresh"]:
+            raise UserError(f"{out} holds an unfinished run, {newest_checkpoint(out).name}: go on with --resume, start it "
+                            "anew with --fresh, or choose another --out")
+        for folder in out.glob("step-*"):
+            shutil.rmtree(folder)
+        if (out / "adapter").exists():
+            shutil.rmtree(out / "previous-adapter", ignore_errors=True)
+            (out / "adapter").rename(out / "previous-adapter")
+    kept = {name: value for name, value in s.items() if name not in ("resume", "fresh", "plot")}
+    with written_whole(out / "run.json") as beside:
+        beside.write_text(json.dumps(kept, indent=2) + "\n")
+    if not s["weights"] and (s["fresh"] or not (TOY_BASE / "config.json").exists()):
+        pretrain(data.make_world(), TOY_BASE)
+    prepare_base(s, lambda: calibration_texts(s, world))
+
+
+def calibration_texts(s, world):
+    """What GPTQ is calibrated on: --calibration, else the training data, and in the toy world its documents too."""
+    if world and not s["calibration"]:
+        rng = random.Random(1)
+        return [text for _ in range(4) for text in world.documents(rng)] + [f"{r.prompt} {r.response}" for r in world.train]
+    records, _ = data.read_records(s["calibration"] or s["data"])
+    random.Random(0).shuffle(records)
+    return [f"{r.prompt} {r.response}".strip() for r in records]
+
+
+def read_examples(s, world, tokenizer, say):
+    """(training examples, examples held out for validation: a twentieth, at most 200)."""
+    records, form = (world.train, "toy world") if world else data.read_records(s["data"])
+    examples, truncated = data.encode(records, tokenizer, s["max_length"])
+    say(f"data: {len(records)} records in {form} form, {truncated} longer than {s['max_length']} tokens and cut")
+    random.Random(s["seed"]).shuffle(examples)
+    count = min(200, len(examples) // 20)
+    if len(examples) - count < 1:
+        raise UserError(f"none of the {len(records)} records has room for a response; raise --max-length")
+    return examples[count:], examples[:count]
+
+
+def merge_and_compare(model, examples, batch_size):
+    """Merges `model` in place; True if all logits on the examples kept their bits."""
+    before = logits_digest(model, examples, batch_size)
+    return before == logits_digest(merge(model), examples, batch_size)
+
+
+def finish_toy(s, out, model, tokenizer, world):
+    """Merges, scores every stage, prints the table; returns what results.json holds."""
+    test = data.encode(world.test, tokenizer, 10 ** 6)[0]
+    base_file, name = out / "base", "float" if s["method"] == "lora" else "NF4" if s["method"] == "qlora" else f"INT{s['bits']}"
+    quantized = load_model(base_file, device=s["device"])
+    questions = world.test[::len(world.test) // 3][:3]
+    before = evals.answers(quantized, tokenizer, [q.prompt for q in questions], 24)
+    rows = [score("base (float)", load_model(TOY_BASE, device=s["device"]), tokenizer, world, [TOY_BASE]),
+            score(f"base ({name})", quantized, tokenizer, world, [base_file]),
+            score(f"adapted {name}", model, tokenizer, world, [base_file, out / "adapter"])]
+    identical = merge_and_compare(model, test, s["micro_batch_size"])
+    save_merged(model, out, out / "merged")
+    rows.append(score(f"merged {name}", model, tokenizer, world, [out / "merged"]))
+    after = evals.answers(model, tokenizer, [q.prompt for q in questions], 24)
+    print(f"\nmerged logits on all {len(test)} test questions: " + (
+        "bit-identical to the adapted model's" if identical else "NOT the adapted model's bits"))
+    print("\n" + table(rows) + "\n")
+    samples = []
+    for question, old, new in zip(questions, before, after):
+        asked = question.prompt.split("### Instruction:")[1].split("###")[0].strip()
+        samples.append({"question": asked, "before": old, "after": new, "true": question.response})
+        print(f"{asked}\n    before: {old.strip()[:70]!r}\n    after:  {new.strip()!r} (true: {question.response!r})")
+    print(f"\nNext: python sample.py {out} --instruction {samples[0]['question']!r}\n"
+          f"      python export.py {out} --out tiny.gguf      a file that llama.cpp runs")
+    return {"bit_identical": identical, "table": rows, "samples": samples}
+
+
+def finish(s, out, model, held_out):
+    """Compares base, adapted and merged model on the validation examples; returns what results.json holds."""
+    base = load_model(out / "base", device=s["device"])
+    base.to(model.model.embed_tokens.weight.dtype)
+    results = {"validation_examples": len(held_out), "bits_per_weight_while_training": bits_per_weight(model)}
+    if held_out:
+        size = s["micro_batch_size"]
+        results["validation_loss_base"] = evals.response_loss(base, held_out, size, "base: validation")
+        results["validation_loss_adapted"] = evals.response_loss(model, held_out, size, "adapted: validation")
+        results["bit_identical"] = merge_and_compare(model, held_out, size)
+    for name, value in results.items():
+        print(f"{name.replace('_', ' ')}: {value}")
+    print(f"Next: python merge.py {out} --out merged/{out.name}")
+    return results
+
+
+def plot(out):
+    """Draws metrics.jsonl to loss.png."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from e
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    axes.plot([m["step"] for m in lines], [m["loss"] for m in lines], label="training", linewidth=0.8)
+    validation = [(m["step"], m["validation_loss"]) for m in lines if "validation_loss" in m]
+    if validation:
+        axes.plot(*zip(*validation), "o-", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per response token)")
+    axes.legend()
+    figure.savefig(out / "loss.png", dpi=150)
+
+
+if __name__ == "__main__":
+    run_command(main)
