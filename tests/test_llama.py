@@ -101,6 +101,11 @@ def random_model(config, seed=0):
     return model
 
 
+def exact_model(config, seed):
+    """In float64: rounding, which narrow random models can amplify a thousandfold, decides no comparison."""
+    return random_model(config, seed).double()
+
+
 def random_tokens(config, batch, length, seed=0):
     return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -112,18 +117,19 @@ SMALL = LlamaConfig(24, 16, 12, 2, 4, 2, max_position_embeddings=64)
 
 @given(configs(), seeds, st.integers(1, 9))
 def test_logits_are_those_of_the_formulas_in_float64(config, seed, length):
-    model, tokens = random_model(config, seed), random_tokens(config, 2, length, seed)
+    model, tokens = exact_model(config, seed), random_tokens(config, 2, length, seed)
     logits = model(tokens).detach()
-    assert logits.dtype == torch.float32
     for row in range(2):
         assert close(logits[row], reference_logits(model.state_dict(), config, tokens[row].tolist()))
 
 
-def test_logits_of_a_real_llama_are_those_of_the_formulas(material):
+def test_logits_of_a_real_llama_in_float32_are_those_of_the_formulas(material):
     model = load_pretrained(material("stories260K"))
     tokens = generate(model, torch.tensor([[1]]), 63)
     with torch.no_grad():
-        assert close(model(tokens)[0], reference_logits(model.state_dict(), model.config, tokens[0].tolist()))
+        logits = model(tokens)[0]
+    assert logits.dtype == torch.float32
+    assert close(logits, reference_logits(model.state_dict(), model.config, tokens[0].tolist()))
 
 
 def test_a_real_llama_tells_its_story_word_for_word(material):
@@ -156,11 +162,11 @@ def test_the_named_sizes_have_the_published_parameter_counts(name, count):
 
 @given(configs(), seeds, st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_decoding_with_the_cache_in_any_portions_equals_the_full_forward_pass(config, seed, portions):
-    model, tokens = random_model(config, seed), random_tokens(config, 2, sum(portions), seed)
-    cache = Cache(config, 2, sum(portions), torch.float32, "cpu")
+    model, tokens = exact_model(config, seed), random_tokens(config, 2, sum(portions), seed)
+    cache = Cache(config, 2, sum(portions), torch.float64, "cpu")
     with torch.no_grad():
         portioned = torch.cat([model(part, cache) for part in tokens.split(portions, dim=1)], dim=1)
-        assert close(portioned, model(tokens))
+        assert close(portioned, model(tokens), 1e-9)
     assert cache.length == sum(portions)
 
 
@@ -172,20 +178,20 @@ def test_a_full_cache_takes_no_more_tokens():
 
 @given(configs(), seeds, st.integers(1, 8), st.integers(1, 5))
 def test_padding_on_the_right_is_invisible(config, seed, length, padding):
-    model, tokens = random_model(config, seed), random_tokens(config, 2, length, seed)
+    model, tokens = exact_model(config, seed), random_tokens(config, 2, length, seed)
     padded = F.pad(tokens, (0, padding), value=config.vocab_size - 1)
     with torch.no_grad():
-        assert close(model(padded)[:, :length], model(tokens))
+        assert close(model(padded)[:, :length], model(tokens), 1e-9)
 
 
 @given(configs(), seeds, st.integers(1, 8))
 def test_kept_positions_have_the_logits_of_the_full_output(config, seed, length):
-    model, tokens = random_model(config, seed), random_tokens(config, 3, length, seed)
+    model, tokens = exact_model(config, seed), random_tokens(config, 3, length, seed)
     keep = torch.rand(3, length, generator=torch.Generator().manual_seed(seed)) < 0.5
     with torch.no_grad():
         kept = model(tokens, keep_BT=keep)
         assert kept.shape == (keep.sum(), config.vocab_size)
-        assert close(kept, model(tokens)[keep]) if keep.any() else True
+        assert not len(kept) or close(kept, model(tokens)[keep], 1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -245,7 +251,7 @@ def greedy_without_cache(model, tokens_BT, count, eos):
 @settings(max_examples=25)
 @given(configs(), seeds, st.integers(1, 4), st.integers(0, 6), st.integers(0, 5))
 def test_greedy_generation_is_the_argmax_of_full_passes_and_stops_at_eos(config, seed, length, count, end):
-    model, tokens = random_model(config, seed), random_tokens(config, 3, length, seed)
+    model, tokens = exact_model(config, seed), random_tokens(config, 3, length, seed)
     free = greedy_without_cache(model, tokens, count, eos=None)
     assert torch.equal(generate(model, tokens, count), free)
     eos = free[0, min(length + end, free.shape[1] - 1)].item()  # a token that does come, sooner or later
@@ -370,7 +376,7 @@ def test_metas_weights_give_the_logits_of_metas_interleaved_rotary_formula(tmp_p
     write_meta(folder, tensors, config, shards)
     tokens = random_tokens(config, 1, 7, seed)
     with torch.no_grad():
-        assert close(load_pretrained(folder)(tokens)[0], reference_logits(tensors, config, tokens[0].tolist(), True))
+        assert close(load_pretrained(folder, torch.float64)(tokens)[0], reference_logits(tensors, config, tokens[0].tolist(), True))
 
 
 @given(configs(), seeds, st.sampled_from(DTYPES))
