@@ -263,18 +263,21 @@ def test_answers_do_not_depend_on_who_is_asked_beside(tokenizer, prompts, batch_
     assert evals.answers(model, tokenizer, prompts, 6, batch_size) == alone
 
 
-def test_an_answer_ends_at_eos_and_counts_when_it_is_the_response(tokenizer):
-    model, prompts = random_llama(vocab=330, dtype=torch.float64), ["What is it?", "he is", "using a pair"]
-    context = [1, *tokenizer.encode(prompts[0])]
+def test_an_answer_ends_at_eos(tokenizer):
+    model, prompt = random_llama(vocab=330, dtype=torch.float64), "What is it?"
+    context = [1, *tokenizer.encode(prompt)]
     free = llama.generate(model, torch.tensor([context]), 6)[0].tolist()[len(context):]
     end = next(i for i in range(1, 6) if free[i] not in free[:i])  # the first token there that has not come before
     with torch.no_grad():
         model.lm_head.weight[[2, free[end]]] = model.lm_head.weight[[free[end], 2]]  # what was that token is EOS now
-    texts = evals.answers(model, tokenizer, prompts, 6)
-    assert texts[0] == tokenizer.decode(free[:end])
-    records = [data.Record(prompts[0], f" {texts[0]}\n"), data.Record(prompts[1], texts[1] + "!"),
-               data.Record(prompts[2], texts[2])]
-    assert evals.exact_match(model, tokenizer, records, 6, 2) == pytest.approx(2 / 3)
+    assert evals.answers(model, tokenizer, [prompt], 6) == [tokenizer.decode(free[:end])]
+
+
+def test_an_exact_match_is_the_response_but_for_spaces_at_its_ends(monkeypatch):
+    said = {"a": " yes", "b": "no", "c": "maybe", "d": "of course"}
+    monkeypatch.setattr(evals, "answers", lambda model, tokenizer, prompts, *rest: [said[p] for p in prompts])
+    records = [data.Record(*pair) for pair in (("d", "ofcourse"), ("c", "maybe\n"), ("b", "no!"), ("a", "yes"))]
+    assert evals.exact_match(None, None, records, 5) == 0.5
 
 
 GOOD = '{"question": "q", "choices": ["a", "b"], "answer": 1}'

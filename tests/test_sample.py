@@ -1,6 +1,7 @@
 """What sample.py promises: text that arrives whole and at once, from every kind of folder."""
 
 import hashlib
+import io
 import json
 import pathlib
 import subprocess
@@ -36,6 +37,13 @@ def random_llama():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4)
     return model
+
+
+def test_text_does_not_wait_in_a_buffer(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="utf-8"))
+    sample.write("Once é")
+    assert raw.getvalue() == "Once é".encode()
 
 
 def streamed(tokenizer, tokens):
