@@ -9,6 +9,7 @@ import torch
 
 import data
 from cli import Parser, UserError
+from export import check_gguf
 from llama import CONFIGS, LINEARS, Llama, read_config
 from quant import check_group_size, quantization_of
 
@@ -29,7 +30,7 @@ def read_settings(description):
     parser = Parser(prog="train.py", description=description)
     say = parser.add_argument
     say("--model", help=f"tiny (the default without --weights), or the size that --weights must have: {' '.join(CONFIGS)}")
-    say("--weights", help="a LLaMA: a folder of Hugging Face, of Meta, or of merge.py (default: weights/MODEL)")
+    say("--weights", help="a LLaMA: a folder of Hugging Face, of Meta or of merge.py, or a Q4_1 .gguf (weights/MODEL)")
     say("--tokenizer", help="its sentencepiece model, where the weights' folder has none")
     say("--data", help="instructions: JSON or JSONL in Alpaca's form or another (see data.py), or plain text")
     say("--calibration", help="text or instructions for GPTQ (default: the training data)")
@@ -72,6 +73,20 @@ def positive(kind):
     return read
 
 
+def config_of(weights, tokenizer):
+    """The LlamaConfig of --weights: a folder, or a GGUF file, which comes without a sentencepiece model."""
+    if not str(weights).endswith(".gguf"):
+        return read_config(weights)
+    if tokenizer is None:
+        raise UserError(f"{weights} needs --tokenizer FILE, the sentencepiece model that belongs to it")
+    return check_gguf(pathlib.Path(weights), data.load_tokenizer(tokenizer))
+
+
+def quantized_already(weights):
+    """{"bits", "group_size", ...} of --weights that are quantized, else None."""
+    return {"bits": 4, "group_size": 32} if str(weights).endswith(".gguf") else quantization_of(weights)
+
+
 def recipe(given):
     """The defaults: for real weights those of the paper (section 4.1), with its lower learning rate above 13b."""
     model = given.get("model") or (None if "weights" in given else "tiny")
@@ -82,8 +97,9 @@ def recipe(given):
         raise UserError(MISSING_WEIGHTS.format(weights=weights, model=model or "7b"))
     settings = dict(TOY if not weights else REAL, bits=4, group_size=32, quantizer="gptq", method="qalora")
     if weights:
-        settings |= {name: q[name] for q in [quantization_of(weights) or {}] for name in ("bits", "group_size") if name in q}
-        settings["lr"] = 1e-5 if read_config(weights).hidden_size > 5120 else settings["lr"]
+        kept = quantized_already(weights) or {}
+        settings |= {name: kept[name] for name in ("bits", "group_size") if name in kept}
+        settings["lr"] = 1e-5 if config_of(weights, given.get("tokenizer")).hidden_size > 5120 else settings["lr"]
     return dict(model=model, weights=weights, tokenizer=None, data=None, calibration=None, calibration_tokens=2 ** 18,
                 out=f"runs/{model or pathlib.Path(weights).resolve().stem}", targets=",".join(LINEARS),
                 checkpointing=int(bool(weights)), save_every=100, seed=0,
@@ -108,7 +124,7 @@ def resumed(given):
 
 def check(s):
     """Raises UserError for settings that cannot work."""
-    config = read_config(s["weights"]) if s["weights"] else CONFIGS["tiny"]
+    config = config_of(s["weights"], s["tokenizer"]) if s["weights"] else CONFIGS["tiny"]
     for name in SIZES:
         expected = getattr(CONFIGS.get(s["model"], config), name)
         if getattr(config, name) != expected:
@@ -116,7 +132,7 @@ def check(s):
                             "leave out --model, or name the right --weights")
     if s["method"] == "qalora":
         check_group_size(config, s["group_size"])
-    kept = quantization_of(s["weights"]) if s["weights"] else None
+    kept = quantized_already(s["weights"]) if s["weights"] else None
     if kept and (s["method"], s["bits"], s["group_size"]) != ("qalora", kept.get("bits"), kept.get("group_size")):
         raise UserError(f"{s['weights']} is quantized already, to {kept.get('bits')} bits in groups of "
                         f"{kept.get('group_size')}: leave out --method, --bits and --group-size")

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 import evals
 from cli import UserError, run_command, written_whole
+from export import import_gguf
 from llama import CONFIGS, LINEARS, Llama, compute_dtype, fill, open_weights, save_pretrained
 from merge import base_identity, load_model, merge, save_merged
 from qalora import adapter_parameters, add_adapters, restore_adapter, save_adapter
@@ -92,9 +93,13 @@ def prepare_base(s, texts):
 
 def make_base(s, weights, folder, calibration):
     """Writes the model beside which adapters are trained: float for lora, NF4 for qlora, quantized in groups for qalora."""
+    if weights.suffix == ".gguf":
+        import_gguf(weights, folder)
+        return
     if quantization_of(weights):  # a merged model fine-tuned again
-        for name in ("model.safetensors", "config.json"):
-            shutil.copyfile(weights / name, folder / name)
+        for name in ("model.safetensors", "config.json", "gguf.safetensors"):  # the last where it came from a GGUF file
+            if (weights / name).exists():
+                shutil.copyfile(weights / name, folder / name)
         return
     config, tensors = open_weights(weights)
     with torch.device("meta"):
