@@ -8,6 +8,7 @@ In reading order: packing codes; choosing scales and codes (RTN, GPTQ); multiply
 quantizing a whole model block by block; the folder it is kept in.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -16,12 +17,14 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 from cli import UserError, written_whole
-from llama import LINEARS, Llama, fill, open_file, read_config, rotary_table, write_config
+from llama import LINEARS, Llama, fill, open_file, read_config, read_json, rotary_table, write_config
 
 ROWS_AT_A_TIME = 256  # so many unpacked rows stay in a core's cache; the dense matrix never exists as a whole
+FEW_TOKENS = 16  # up to here a kernel that unpacks as it multiplies beats unpacking once and a dense matmul
 
 
 # ---- codes of 2, 3 or 4 bits, packed at exactly that cost
@@ -38,7 +41,7 @@ def pack(codes_OI, bits):
     A row's bytes are planes. With n the row length padded to a multiple of 32, byte j holds: at 4 bits, code j in its
     low half and code j + n/2 in its high half; at 2 bits, the codes j, j + n/4, j + n/2 and j + 3n/4, lowest first; at
     3 bits, the two low bits as at 2 bits, then n/8 bytes more whose bit k of byte j is the high bit of code j + k*n/8.
-    Planes unpack into long contiguous runs: 10 ms for a 4096 x 4096 matrix on a CPU, where the order of GGUF's Q4_1,
+    Planes unpack into long contiguous runs: 6 ms for a 4096 x 4096 matrix on a CPU, where the order of GGUF's Q4_1,
     whose runs are 16 long, took 27 ms. `export.py` reorders them.
     """
     assert codes_OI.dtype == torch.uint8 and packed_width(codes_OI.shape[-1], bits)
@@ -52,7 +55,7 @@ def unpack(packed, bits, in_features):
     """The inverse of `pack`: uint8 [O, packed_width(in_features, bits)] to uint8 codes [O, in_features]."""
     if bits == 3:
         two_thirds = packed.shape[-1] // 3 * 2
-        codes = _split_planes(packed[..., :two_thirds], 2) | (_split_planes(packed[..., two_thirds:], 1) << 2)
+        codes = _split_planes(packed[..., :two_thirds], 2).add_(_split_planes(packed[..., two_thirds:], 1), alpha=4)
     else:
         codes = _split_planes(packed, bits)
     return codes[..., :in_features]
@@ -64,7 +67,10 @@ def _join_planes(fields, width):  # [O, n] fields of `width` bits -> [O, n * wid
 
 
 def _split_planes(packed, width):  # the inverse
-    return torch.cat([(packed >> shift) & (2 ** width - 1) for shift in range(0, 8, width)], dim=-1)
+    fields = packed.new_empty(*packed.shape[:-1], packed.shape[-1] * 8 // width)
+    for k, plane in enumerate(fields.chunk(8 // width, dim=-1)):
+        torch.bitwise_right_shift(packed, width * k, out=plane)  # written to its place: half the time of torch.cat
+    return fields.bitwise_and_(2 ** width - 1)
 
 
 # ---- choosing scale, offset and codes
@@ -125,18 +131,20 @@ def nearest_codes(w_OGg, scale, offset, bits):
     return ((w_OGg - offset.unsqueeze(-1)) / step).round_().clamp_(0, 2 ** bits - 1).to(torch.uint8)
 
 
-def quantize_gptq(w_OI, hessian_II, bits, group_size, damping=0.01):
+def quantize_gptq(w_OI, hessian_II, bits, group_size, search=True, damping=0.01):
     """GPTQ (Frantar et al., 2023): rounds one input after another, each making up for the errors made before it.
 
-    hessian_II: the sum (or mean) of x xᵀ over the calibration inputs x. With H = R Rᵀ, R upper triangular, the squared
-    output error trace((W-Ŵ) H (W-Ŵ)ᵀ) is the squared length of (W-Ŵ) R, whose column k holds the errors of the inputs
-    0..k only. So go through the inputs in order, and round each weight to where it cancels its column's `drift`, what
+    hessian_II: the sum (or mean) of x xᵀ over the calibration inputs x. With H = R Rᵀ, R upper triangular, the
+    squared output error trace((W-Ŵ) H (W-Ŵ)ᵀ) is the squared length of (W-Ŵ) R, whose column k holds the errors of
+    the inputs 0..k only. So go through the inputs in order, and round each weight to where it cancels its column's `drift`, what
     the errors before it have put there. This is the LDL form of GPTQ (Chee et al., "QuIP", 2023, theorem 6): the same
     result from one Cholesky factor, without inverting H. A group's range is taken when its turn comes, from the
-    weights as corrected until then.
+    weights as corrected until then; what its block of R leaves of their error is all that it adds to the whole.
 
-    Errors inside a half of the inputs reach the other half by one matrix product, halves are halved again: that is the
-    lazy batching of the paper, carried through to the single input. Arguments, result and errors as in `quantize_rtn`.
+    search=False takes a group's range from its smallest to its largest weight. search=True may cut that and fits
+    scale and offset to the codes, as real offsets allow: on the 1024 x 1024 layer of tests/test_search.py the relative
+    output error at 2, 3 and 4 bits is 0.188, 0.091 and 0.045, not 0.430, 0.145 and 0.065 (RTN 0.393, 0.168, 0.078).
+    Arguments, result and errors otherwise as in `quantize_rtn`.
     """
     in_features = w_OI.shape[1]
     _grouped(w_OI, group_size)
@@ -144,44 +152,116 @@ def quantize_gptq(w_OI, hessian_II, bits, group_size, damping=0.01):
     w = w_OI.float().t().contiguous()  # [I, O], so that one input's weights are contiguous
     drift, error = torch.zeros_like(w), torch.empty_like(w)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    scale, offset = [], []
+    scales, offsets = [], []
 
-    def descend(low, high):
-        if high - low == group_size:
-            diagonal = factor[low:high, low:high]
-            corrected = w[low:high] + torch.linalg.solve_triangular(diagonal.t(), drift[low:high], upper=False)
-            s, o = min_max_range(corrected.t().unsqueeze(1), bits)
-            scale.append(s), offset.append(o)
-        if high - low == 1:
-            target = w[low] + drift[low] / factor[low, low]
-            s, o = scale[-1], offset[-1]  # [O, 1]
-            codes[low] = nearest_codes(target.view(-1, 1, 1), s, o, bits).view(-1)
-            error[low] = w[low] - (s[:, 0].float() * codes[low] + o[:, 0])
-            return
-        halves = (high - low) // 2
-        middle = low + (halves if high - low <= group_size else -(-halves // group_size) * group_size)
-        descend(low, middle)
-        drift[middle:high].addmm_(factor[low:middle, middle:high].t(), error[low:middle])
-        descend(middle, high)
+    def settle(low, high):
+        block = factor[low:high, low:high]
+        corrected = w[low:high] + torch.linalg.solve_triangular(block.t(), drift[low:high], upper=False)
+        found, scale, offset = quantize_group(corrected, block, bits, search)
+        codes[low:high] = found
+        error[low:high] = w[low:high] - (scale.float() * found + offset)
+        scales.append(scale), offsets.append(offset)
 
-    descend(0, in_features)
-    return Quantized(codes.t().contiguous(), torch.cat(scale, dim=1), torch.cat(offset, dim=1))
+    in_order(0, in_features, group_size, factor, drift, error, settle)
+    return Quantized(codes.t().contiguous(), torch.stack(scales, dim=1), torch.stack(offsets, dim=1))
+
+
+def in_order(low, high, unit, factor, drift, error, settle):
+    """Calls settle(low, high) for one `unit` of inputs after another: it reads their `drift`, writes their `error`.
+
+    The errors inside a half of the inputs reach the other half by one matrix product, halves are halved again: that
+    is the lazy batching of GPTQ's paper, carried through to the single input.
+    """
+    if high - low == unit:
+        return settle(low, high)
+    middle = low + -(-(high - low) // (2 * unit)) * unit
+    in_order(low, middle, unit, factor, drift, error, settle)
+    drift[middle:high].addmm_(factor[low:middle, middle:high].t(), error[low:middle])
+    in_order(middle, high, unit, factor, drift, error, settle)
+
+
+def quantize_group(w_gO, factor_gg, bits, search):
+    """(codes [g, O] in float, scale [O], offset [O]) for one group that make |(w - ŵ)ᵀ factor| small."""
+    if not search:
+        scale, offset = min_max_range(w_gO.t(), bits)
+        return round_in_order(w_gO, factor_gg, scale, offset, bits), scale, offset
+    scale, offset = best_range(w_gO, factor_gg.diagonal().square(), bits)
+    for _ in range(2):  # a third round gains nothing
+        codes = round_in_order(w_gO, factor_gg, scale, offset, bits)
+        scale, offset = fit_range(w_gO, factor_gg, codes, scale, offset)
+    return codes, scale, offset
+
+
+def round_in_order(w_gO, factor_gg, scale, offset, bits):
+    """GPTQ's codes [g, O], in float, for a group whose scale [O] and offset [O] are given."""
+    drift, error, codes = torch.zeros_like(w_gO), torch.empty_like(w_gO), torch.empty_like(w_gO)
+    scale = scale.float()
+    step = torch.where(scale == 0, 1, scale)
+
+    def settle(k, _):
+        target = w_gO[k] + drift[k] / factor_gg[k, k]
+        codes[k] = ((target - offset) / step).round_().clamp_(0, 2 ** bits - 1)
+        error[k] = w_gO[k] - (scale * codes[k] + offset)
+
+    in_order(0, len(w_gO), 1, factor_gg, drift, error, settle)
+    return codes
+
+
+def best_range(w_gO, importance_g, bits):
+    """Scale [O] and offset [O] of the cut range whose nearest levels leave the least error, weighted by importance.
+
+    Tries to cut 0, 10, ..., 40 % off the range's lower and upper end, then 5 % more or less of either.
+    """
+    low, high = w_gO.amin(dim=0), w_gO.amax(dim=0)
+    x_gO = (w_gO - low) / torch.where(high == low, 1, high - low)  # from 0 to 1
+    cut = torch.zeros(2, w_gO.shape[1], device=w_gO.device)
+    for step, reach in ((0.1, torch.arange(5)), (0.05, torch.arange(-1, 2))):
+        trials = cut + step * torch.cartesian_prod(reach, reach).unsqueeze(-1).to(cut)  # [trials, 2, O]
+        errors = torch.stack([_clipping_error(x_gO, importance_g, *trial, bits) for trial in trials])
+        cut = trials.take_along_dim(errors.argmin(dim=0).expand(1, 2, -1), dim=0).squeeze(0)
+    below, above = cut
+    return round_up_to_float16((1 - below - above) * (high - low), 2 ** bits - 1), low + below * (high - low)
+
+
+def _clipping_error(x_gO, importance_g, below, above, bits):  # [O]
+    step = (1 - below - above) / (2 ** bits - 1)
+    codes_gO = torch.addcmul(-below / step, x_gO, 1 / step)  # exact ones, not yet rounded
+    return importance_g @ codes_gO.round().clamp_(0, 2 ** bits - 1).sub_(codes_gO).square_() * step.square()
+
+
+def fit_range(w_gO, factor_gg, codes_gO, scale, offset):
+    """The scale [O] and offset [O] that fit the codes best, by least squares of (w - scale * codes - offset)ᵀ factor.
+
+    Where that is no better than those given, or needs a scale that is no positive float16, they stay.
+    """
+    target, codes = factor_gg.t() @ w_gO, factor_gg.t() @ codes_gO
+    one = factor_gg.sum(dim=0).unsqueeze(1)  # [g, 1]: what an offset of 1 adds to every column
+    mean = lambda y: one.t() @ y / one.square().sum()  # [1, O]: the offset nearest to y
+    spread = codes - one * mean(codes)
+    fitted_scale = ((spread * target).sum(dim=0) / spread.square().sum(dim=0)).half()
+    fitted_offset = mean(target - fitted_scale * codes)[0]
+    error = lambda scale, offset: (target - scale.float() * codes - offset * one).square().sum(dim=0)
+    better = (fitted_scale > 0) & (error(fitted_scale, fitted_offset) < error(scale, offset))  # not for infinity, NaN
+    return torch.where(better, fitted_scale, scale), torch.where(better, fitted_offset, offset)
 
 
 def damped_factor(hessian_II, damping):
     """Upper triangular R [I, I] (float32) with R Rᵀ = H + damping * mean(diagonal) * identity.
 
-    Where H is singular, or not positive definite by rounding, the damping is raised tenfold until the factor exists.
+    Where that matrix is not positive definite the damping is raised tenfold until it is. For a semidefinite H no squared
+    diagonal entry of R lies below `damping`; a far smaller one would be rounding, and blow up all that it divides.
     """
     assert hessian_II.isfinite().all(), "the Hessian has NaN or infinite entries"
-    h = hessian_II.float()
-    mean = h.diagonal().mean().item()
-    h = h / mean if mean > 0 else torch.zeros_like(h)  # no scale can over- or underflow; no inputs at all means RTN
+    inputs, mean = len(hessian_II), hessian_II.diagonal().double().mean().item()
+    if mean < torch.finfo(torch.float32).tiny:  # no inputs at all: any multiple of the identity means RTN
+        h = torch.zeros_like(hessian_II, dtype=torch.float32)
+    else:  # no entry of a semidefinite matrix exceeds its trace, so clamping only touches what is none
+        h = (hessian_II / mean).float().clamp_(-inputs, inputs)
     diagonal = h.diagonal().clone()
     while True:
         h.diagonal().copy_(diagonal + damping)
         lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))  # flipped, so that the flipped factor is upper
-        if not failed and lower.isfinite().all():
+        if not failed and (lower.diagonal().square() >= damping / 2).all():
             return lower.flip(0, 1)
         damping = max(10 * damping, 1e-6)
 
@@ -211,43 +291,87 @@ class QuantMatmul(torch.autograd.Function):
         in_features = x.shape[-1]
         x_NI = x.reshape(-1, in_features)
         wide = torch.promote_types(x.dtype, torch.float32)
-        pooled_NG = x_NI.unflatten(1, (scale.shape[1], -1)).sum(dim=-1, dtype=wide)
-        y_NO = pooled_NG @ _centred(offset, scale, bits, wide).t()
-        for rows, w_RI in _dense_rows(packed, scale, bits, in_features, x.dtype):
-            _add_product(y_NO[:, rows], x_NI, w_RI.t())
+        pooled_NG = pool(x_NI, scale.shape[1], wide)
+        kernels = triton_for(x)
+        if kernels and x_NI.shape[0] <= FEW_TOKENS and kernels.can_multiply(packed, scale, bits, in_features):
+            y_NO = kernels.multiply(x_NI, packed, scale, offset, bits)
+        else:
+            y_NO = float32_product(pooled_NG, _centred(offset, scale, bits, wide).t(), x.dtype)
+            for rows, w_RI in dense_rows(packed, scale, bits, in_features, x.dtype, kernels):
+                _add_product(y_NO[:, rows], x_NI, w_RI.t())
         ctx.save_for_backward(packed, scale, offset, pooled_NG if ctx.needs_input_grad[3] else None)
         ctx.bits, ctx.x_shape = bits, x.shape
-        return y_NO.to(x.dtype).view(*x.shape[:-1], -1)
+        return y_NO.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
 
     @staticmethod
+    @once_differentiable  # the pooled input is saved as a number, so a second derivative would be wrong
     def backward(ctx, grad_y):
         packed, scale, offset, pooled_NG = ctx.saved_tensors
-        wide = torch.promote_types(grad_y.dtype, torch.float32)
+        dtype, wide = grad_y.dtype, torch.promote_types(grad_y.dtype, torch.float32)
         gy_NO = grad_y.reshape(-1, grad_y.shape[-1])
         grad_x = grad_offset = None
         if ctx.needs_input_grad[3]:
-            grad_offset = (gy_NO.to(wide).t() @ pooled_NG).to(offset.dtype)
+            grad_offset = float32_product(gy_NO.to(wide).t(), pooled_NG, dtype).to(offset.dtype)
         if ctx.needs_input_grad[0]:
             in_features = ctx.x_shape[-1]
-            gx_NG = gy_NO.to(wide) @ _centred(offset, scale, ctx.bits, wide)
+            gx_NG = float32_product(gy_NO.to(wide), _centred(offset, scale, ctx.bits, wide), dtype)
             gx_NI = gx_NG.repeat_interleave(in_features // scale.shape[1], dim=1)
-            for rows, w_RI in _dense_rows(packed, scale, ctx.bits, in_features, grad_y.dtype):
+            # Every piece of rows adds to all of gx: little work in float32, but else two passes, so few, large pieces
+            at_a_time = ROWS_AT_A_TIME if dtype == wide else 8 * ROWS_AT_A_TIME
+            for rows, w_RI in dense_rows(packed, scale, ctx.bits, in_features, dtype, triton_for(grad_y), at_a_time):
                 _add_product(gx_NI, gy_NO[:, rows], w_RI)
-            grad_x = gx_NI.to(grad_y.dtype).view(ctx.x_shape)
+            grad_x = gx_NI.to(dtype).view(ctx.x_shape)
         return grad_x, None, None, grad_offset, None
+
+
+def pool(x_NI, groups, dtype):
+    """The sum of x over each group of inputs, [N, G] in `dtype`."""
+    return x_NI.unflatten(1, (groups, -1)).sum(dim=-1, dtype=dtype)
 
 
 def _centred(offset, scale, bits, dtype):  # [O, G]: what the pooled input is multiplied with
     return offset.to(dtype) + 2 ** (bits - 1) * scale.to(dtype)
 
 
-def _dense_rows(packed, scale, bits, in_features, dtype):
-    """Yields (rows, w) with w = scale * (codes - c) for some rows at a time, [rows, I] in `dtype`."""
-    for start in range(0, packed.shape[0], ROWS_AT_A_TIME):
-        rows = slice(start, start + ROWS_AT_A_TIME)
-        w = unpack(packed[rows], bits, in_features).to(dtype).sub_(2 ** (bits - 1))
-        w.view(*scale[rows].shape, -1).mul_(scale[rows].to(dtype).unsqueeze(-1))
+def float32_product(a, b, dtype):
+    """a @ b for the pooled term of a layer that computes in `dtype`; on a GPU in TF32 where that has fewer bits anyway.
+
+    Plain float32 would cost a GPU a third of the dense matmul beside it; TF32 keeps more bits than bfloat16.
+    """
+    if not a.is_cuda or a.dtype == dtype:
+        return a @ b
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        return a @ b
+    finally:
+        setting.fp32_precision = before
+
+
+def dense_rows(packed, scale, bits, in_features, dtype, kernels=None, at_a_time=ROWS_AT_A_TIME):
+    """Yields (rows, w) with w = scale * (codes - 2^(bits-1)) in `dtype`, [rows, I]; w is overwritten by the next one.
+
+    A few rows at a time on a CPU, so that they are multiplied while in its cache; all at once by a GPU's kernel.
+    """
+    if kernels:
+        yield slice(None), kernels.dense(packed, scale, bits, in_features, dtype)
+        return
+    w_RI = torch.empty(min(at_a_time, packed.shape[0]), in_features, dtype=dtype, device=packed.device)
+    for start in range(0, packed.shape[0], at_a_time):
+        rows = slice(start, start + at_a_time)
+        w = w_RI[:packed[rows].shape[0]]
+        for piece in zip(*(t.split(ROWS_AT_A_TIME) for t in (w, packed[rows], scale[rows]))):
+            _unpack_scaled(*piece, bits)
         yield rows, w
+
+
+def _unpack_scaled(w_RI, packed, scale, bits):  # w = scale * (codes - c); 16-bit floats are rounded once, at the end
+    codes = unpack(packed, bits, w_RI.shape[1]).sub_(2 ** (bits - 1)).view(torch.int8)  # centred while a byte wide
+    wide = torch.promote_types(w_RI.dtype, torch.float32)
+    exact = w_RI if w_RI.dtype == wide else torch.empty_like(w_RI, dtype=wide)
+    exact.copy_(codes).view(*scale.shape, -1).mul_(scale.to(wide).unsqueeze(-1))
+    if exact is not w_RI:
+        w_RI.copy_(exact)
 
 
 def _add_product(total, a, b):  # total += a @ b, where total may be wider than a and b
@@ -255,6 +379,24 @@ def _add_product(total, a, b):  # total += a @ b, where total may be wider than 
         total.addmm_(a, b)
     else:
         total += a @ b
+
+
+USE_TRITON = None  # None: for tensors on a GPU that can. Tests set True (Triton's interpreter on a CPU) or False
+
+
+def triton_for(x):
+    """The module `triton_kernels` if it shall and can compute with tensors like `x`, else None: the plain path."""
+    able = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device)[0] >= 8
+    return _triton_kernels() if (able if USE_TRITON is None else USE_TRITON) else None
+
+
+@functools.cache
+def _triton_kernels():
+    try:
+        import triton_kernels
+        return triton_kernels
+    except ImportError:  # no Triton here
+        return None
 
 
 class QuantLinear(nn.Module):
@@ -415,10 +557,10 @@ def quantization_of(folder):
     path = pathlib.Path(folder) / "config.json"
     if not path.exists():
         return None  # Meta's original folders have none
-    try:
-        return json.loads(path.read_text()).get("quantization")
-    except (ValueError, AttributeError) as e:
-        raise UserError(f"{path} is not a JSON object: {e}") from e
+    quantization = read_json(path).get("quantization")
+    if not isinstance(quantization, dict | None):
+        raise UserError(f"{path}: quantization = {json.dumps(quantization)} says nothing of bits and group size")
+    return quantization
 
 
 def load_quantized(folder, dtype=None, device="cpu"):
@@ -433,7 +575,7 @@ def load_quantized(folder, dtype=None, device="cpu"):
         raise UserError(f"{folder} holds no quantized model; make one with train.py --weights {folder}")
     config, file = read_config(folder), folder / "model.safetensors"
     bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    if bits not in (2, 3, 4) or type(group_size) is not int:
+    if bits not in (2, 3, 4) or type(bits) is not int or type(group_size) is not int:
         raise UserError(f"{folder}/config.json: quantization to {bits} bits in groups of {group_size} is not supported")
     check_group_size(config, group_size)
     model = quantized_skeleton(config, bits, group_size)
@@ -441,8 +583,8 @@ def load_quantized(folder, dtype=None, device="cpu"):
     buffers = dict(model.named_buffers())
     wanted = {**dict(model.named_parameters()), **buffers}  # tied weights appear once
     for name in sorted(wanted.keys() | tensors.keys()):
-        kinds = [(*t[name].shape, t[name].dtype if name in buffers else "float") if name in t else None
-                 for t in (wanted, tensors)]
+        kinds = [(*t[name].shape, "float" if t[name].is_floating_point() and name not in buffers else t[name].dtype)
+                 if name in t else None for t in (wanted, tensors)]
         if kinds[0] != kinds[1]:
             raise UserError(f"{file}: {name} is {kinds[1] or 'missing'} where {kinds[0] or 'no such tensor'} belongs; "
                             "quantize the model again")
