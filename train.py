@@ -44,18 +44,18 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # ---- 1. the tiny model
 
-def pretrain(world, folder, steps=1900, batch_size=16, length=64):
-    """Trains the tiny LLaMA and its tokenizer on the toy world's documents, in float32; writes a model folder."""
-    torch.manual_seed(0)
-    rng, draw = random.Random(0), torch.Generator().manual_seed(0)
+def pretrain(world, folder, config=CONFIGS["tiny"], steps=1900, lr=5e-3, seed=0, batch_size=16, length=64):
+    """Trains a small LLaMA and its tokenizer on the toy world's documents, in float32; writes a model folder."""
+    torch.manual_seed(seed)
+    rng, draw = random.Random(seed), torch.Generator().manual_seed(seed)
     passes = [world.documents(rng) for _ in range(50)]
     with written_whole(folder) as beside:
         beside.mkdir()
         spelled = sum(passes[:4], [r.prompt for r in world.train])  # more passes would crowd out the prompts' words
-        tokenizer = data.train_tokenizer(spelled, beside / "tokenizer.model", 512)
+        tokenizer = data.train_tokenizer(spelled, beside / "tokenizer.model", config.vocab_size)
         tokens = data.token_stream(sum(passes, []), tokenizer)
-        model = Llama(CONFIGS["tiny"])
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        model = Llama(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
         for _ in (bar := tqdm(range(steps), "pretraining", unit="step")):
             batch = data.windows(tokens, batch_size, length + 1, draw)
