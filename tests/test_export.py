@@ -1,7 +1,7 @@
 """What export.py promises: a GGUF file says all there is to say, and what came from one goes back as it was.
 
 The oracles share no code with export.py: the gguf package's reader and `dequantize`, and, below, a LLaMA and a
-tokenizer that know nothing but the file. llama.cpp itself reads these files in check_llamacpp.py, which a person runs.
+tokenizer that know nothing but the file. llama.cpp itself reads such files in check_llamacpp.py, run by a person.
 """
 
 import resource
