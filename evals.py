@@ -241,10 +241,7 @@ def load(folder, device):
     (On a CPU, float16 weights as they are stored would be a hundred times slower than float32.) Raises UserError when
     the device cannot be used, there is no model or no tokenizer, or they do not belong together.
     """
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from None
+    llama.check_device(device)
     if not pathlib.Path(folder).is_dir():
         raise UserError(f"{folder} is no folder; name a folder with a model or a run")
     tokenizer, model = data.load_tokenizer(folder), load_model(folder, device=device)

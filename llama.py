@@ -575,3 +575,11 @@ def compute_dtype(stored, device):
     else:
         native = torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native and stored.itemsize == 2 else torch.promote_types(stored, torch.float32)
+
+
+def check_device(device):
+    """Raises UserError when PyTorch cannot compute on `device` here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from None

@@ -10,7 +10,7 @@ import torch
 import data
 from cli import Parser, UserError
 from export import check_gguf
-from llama import CONFIGS, LINEARS, Llama, read_config
+from llama import CONFIGS, LINEARS, Llama, check_device, read_config
 from quant import check_group_size, quantization_of
 
 TOY = dict(rank=8, alpha=16.0, lr=1.5e-3, steps=400, batch_size=32, micro_batch_size=32, max_length=256, clip=1.0)
@@ -147,10 +147,7 @@ def check(s):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if s["batch_size"] % processes:
         raise UserError(f"--batch-size {s['batch_size']} cannot be shared by {processes} processes; use a multiple")
-    try:
-        torch.empty(1, device=s["device"])
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {s['device']} cannot be used here: {str(e).splitlines()[0]}") from e
+    check_device(s["device"])
     if s["weights"]:
         pieces = data.load_tokenizer(s["tokenizer"] or s["weights"]).vocab_size()
         if pieces > config.vocab_size:

@@ -319,13 +319,12 @@ def main():
     if RANK == 0:
         prepare(s, out, world)
     if WORLD > 1:  # the others wait here until the base is made
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if s["device"] == "cuda" else s["device"]
-        dist.init_process_group("nccl" if s["device"] == "cuda" else "gloo", timeout=datetime.timedelta(days=2))
-        s["device"] = device
-    tokenizer = data.load_tokenizer(out / "base")
+        if s["device"] == "cuda":
+            s["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(s["device"])
+        dist.init_process_group(timeout=datetime.timedelta(days=2))  # NCCL on GPUs, gloo on CPUs
+    model, tokenizer = evals.load(out / "base", s["device"])
     train, held_out = read_examples(s, world, tokenizer, say)
-    model = load_model(out / "base", device=s["device"])
-    model.to(compute_dtype(model.model.embed_tokens.weight.dtype, s["device"]))
     model.model.checkpointing = bool(s["checkpointing"])
     torch.manual_seed(s["seed"])
     add_adapters(model, s["rank"], s["alpha"], s["targets"].split(","))
