@@ -1,0 +1,115 @@
+"""triton_kernels.py: on a GPU where there is one, else in Triton's interpreter; the oracle is float64 arithmetic."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import quant
+import triton_kernels
+from qalora import QALoRALinear
+from quant import QuantLinear, Quantized, dequantize, pack, quant_matmul
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BITS, SEEDS = st.sampled_from([2, 3, 4]), st.integers(0, 2 ** 32)
+
+
+@pytest.fixture(autouse=True)
+def triton_forced(monkeypatch):
+    monkeypatch.setattr(quant, "USE_TRITON", True)
+    assert quant._triton_kernels() is triton_kernels
+
+
+def case(seed, tokens, rows, groups, group_size, bits):
+    """(x [tokens, I], a Quantized) with random numbers on DEVICE."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2 ** bits, (rows, groups * group_size), dtype=torch.uint8, generator=g)
+    scale, offset = torch.rand(rows, groups, generator=g).half(), torch.randn(rows, groups, generator=g)
+    x = torch.randn(tokens, groups * group_size, generator=g)
+    return x.to(DEVICE), Quantized(*(t.to(DEVICE) for t in (codes, scale, offset)))
+
+
+def rounded_once(w, exact):
+    """Whether w is `exact` in w's dtype; the interpreter truncates to bfloat16 where a GPU rounds to nearest."""
+    if DEVICE == "cpu" and w.dtype == torch.bfloat16:
+        return ((w - exact).abs() <= 2 ** -7 * exact.abs()).all()
+    return torch.equal(w, exact.to(w.dtype))
+
+
+@given(st.sampled_from(DTYPES), BITS, st.integers(1, 20), st.integers(1, 6), st.integers(1, 40), SEEDS)
+@example(torch.bfloat16, 3, 9, 33, 32, 0)  # more bytes in a plane than a program takes
+@example(torch.float16, 4, 8, 3, 32, 0)  # a group in two planes
+def test_dense_is_scale_times_centred_code_rounded_once(dtype, bits, rows, groups, group_size, seed):
+    _, q = case(seed, 1, rows, groups, group_size, bits)
+    w = triton_kernels.dense(pack(q.codes, bits), q.scale, bits, groups * group_size, dtype)
+    exact = (q.codes.double() - 2 ** (bits - 1)) * q.scale.double().repeat_interleave(group_size, dim=1)
+    assert w.dtype == dtype and rounded_once(w, exact), (w - exact).abs().max()
+
+
+def test_dense_equals_the_plain_path():
+    _, q = case(0, 1, 300, 3, 32, 4)
+    packed = pack(q.codes, 4)
+    for dtype in DTYPES:
+        plain = torch.cat([w.clone() for _, w in quant.dense_rows(packed, q.scale, 4, 96, dtype)])
+        assert rounded_once(triton_kernels.dense(packed, q.scale, 4, 96, dtype), plain.double())
+
+
+@given(st.sampled_from(DTYPES), BITS, st.integers(1, 3), st.integers(1, 7), st.integers(1, 5), st.integers(2, 6), SEEDS)
+@example(torch.float32, 4, 1, 3, 9, 8, 0)  # more groups than a program takes at once
+def test_multiply_is_dequantize_then_matmul(dtype, bits, tokens, rows, plane_groups, exponent, seed):
+    planes, group_size = triton_kernels.PLANES[bits], 2 ** exponent
+    x, q = case(seed, tokens, rows, planes * plane_groups, group_size, bits)
+    x = x.to(dtype)
+    if x.shape[1] % 32:
+        assert not triton_kernels.can_multiply(q.scale, bits, x.shape[1])
+        return
+    y = triton_kernels.multiply(x, pack(q.codes, bits), q.scale, q.offset, bits)
+    w = dequantize(q._replace(scale=q.scale.double(), offset=q.offset.double()))
+    exact, size = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
+    assert y.dtype == dtype
+    assert ((y - exact).abs() <= 1e-5 * size + torch.finfo(dtype).eps * exact.abs()).all(), (y - exact).abs().max()
+
+
+@pytest.mark.parametrize("bits,groups,group_size", [(4, 3, 32), (4, 4, 24), (2, 4, 5), (3, 8, 6), (3, 4, 32)])
+def test_multiply_refuses_the_shapes_it_would_get_wrong(bits, groups, group_size):
+    x, q = case(0, 1, 4, groups, group_size, bits)
+    assert not triton_kernels.can_multiply(q.scale, bits, x.shape[1])
+    with pytest.raises(AssertionError, match=f"{groups} groups"):
+        triton_kernels.multiply(x, pack(q.codes, bits), q.scale, q.offset, bits)
+
+
+@given(BITS, st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.sampled_from([8, 24, 32, 33]), SEEDS)
+@example(4, 16, 5, 4, 32, 0)  # the last number of tokens that is multiplied unpacked
+@example(4, 17, 5, 4, 32, 0)  # and the first that is not
+def test_quant_matmul_and_its_gradients_are_those_of_the_plain_path(bits, tokens, rows, groups, group_size, seed):
+    x, q = case(seed, tokens, rows, groups, group_size, bits)
+    results = []
+    for quant.USE_TRITON in (False, True):
+        leaves = x.clone().requires_grad_(), q.offset.clone().requires_grad_()
+        y = quant_matmul(leaves[0], pack(q.codes, bits), q.scale, leaves[1], bits)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+    for plain, triton in zip(*results):
+        torch.testing.assert_close(triton, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapted_and_merged_layers_return_the_same_bits(dtype, tokens):
+    x, q = case(0, tokens, 12, 4, 32, 4)
+    layer = QALoRALinear(QuantLinear.from_quantized(q, 4), rank=2, alpha=3.0)
+    torch.nn.init.normal_(layer.lora_B)
+    adapted = layer(x.to(dtype))
+    assert torch.equal(adapted, layer.merged()(x.to(dtype)))
+    assert not torch.equal(adapted, quant_matmul(x.to(dtype), pack(q.codes, 4), q.scale, q.offset, 4))
+
+
+def test_without_being_forced_a_cpu_takes_the_plain_path(monkeypatch):
+    for switch in (None, False):
+        monkeypatch.setattr(quant, "USE_TRITON", switch)
+        assert quant.triton_for(torch.zeros(1, dtype=torch.bfloat16)) is None
