@@ -11,6 +11,7 @@ import shutil
 
 from cli import Parser, UserError, run_command, written_whole
 from llama import load_pretrained, save_pretrained
+from nf4 import load_nf4
 from qalora import LoRALinear, QALoRALinear, load_adapter
 from quant import QuantLinear, load_quantized, quantization_of, save_quantized
 
@@ -25,8 +26,9 @@ def merge(module):
     adapted = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, (QALoRALinear, LoRALinear))]
     if not adapted:
         raise UserError("there is no adapter to merge")
+    dtype = next(module.parameters()).dtype
     for name, layer in adapted:
-        module.set_submodule(name, layer.merged())
+        module.set_submodule(name, layer.merged().to(dtype))  # a QuantLinear ignores it: it has no dtype of its own
     return module
 
 
@@ -41,7 +43,10 @@ def load_model(folder, dtype=None, device="cpu"):
         raise UserError(f"{folder} is no folder; name a folder with a model or a run")
     if (folder / "run.json").exists():
         return load_run(folder, dtype, device)
-    load = load_pretrained if quantization_of(folder) is None else load_quantized
+    quantization = quantization_of(folder)
+    if quantization is None:
+        return load_pretrained(folder, dtype, device)
+    load = load_nf4 if quantization.get("quantizer") == "nf4" else load_quantized
     return load(folder, dtype, device)
 
 

@@ -51,12 +51,16 @@ class QALoRALinear(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """LoRA (Hu et al., 2021), the baseline: y = base(x) + s * x @ Aᵀ @ Bᵀ, with lora_A [R, I], lora_B [O, R]."""
+    """LoRA (Hu et al., 2021), the baseline: y = base(x) + s * x @ Aᵀ @ Bᵀ, with lora_A [R, I], lora_B [O, R].
+
+    base: an nn.Linear without bias; or an NF4Linear, which makes it QLoRA.
+    """
 
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
-        self.lora_A, self.lora_B = _adapter(rank, base.in_features, base.out_features, next(base.parameters()).device)
+        device = next(iter(base.state_dict().values())).device  # an NF4Linear has no parameter
+        self.lora_A, self.lora_B = _adapter(rank, base.in_features, base.out_features, device)
 
     def forward(self, x):  # [..., I] -> [..., O]
         low_rank = x.to(self.lora_A.dtype) @ self.lora_A.t() @ self.lora_B.t()
@@ -64,10 +68,12 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The base layer, its weight replaced by W + s * B @ A."""
+        """An nn.Linear whose weight is W + s * B @ A: float32 where W was NF4, as its 16 values cannot hold a sum."""
         weight = self.base.weight
-        self.base.weight = nn.Parameter((weight + self.scaling * self.lora_B @ self.lora_A).to(weight.dtype), False)
-        return self.base
+        with torch.device("meta"):
+            layer = nn.Linear(self.base.in_features, self.base.out_features, bias=False)
+        layer.weight = nn.Parameter((weight + self.scaling * self.lora_B @ self.lora_A).to(weight.dtype), False)
+        return layer
 
 
 def _adapter(rank, in_features, out_features, device):  # A random, B zero: at first the adapter changes nothing
