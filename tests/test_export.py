@@ -26,6 +26,7 @@ from quant import Quantized, QuantLinear, dequantize, quantize_model, quantize_r
 
 Type = gguf.GGMLQuantizationType
 CONFIG = LlamaConfig(300, 64, 96, 2, 4, 2, max_position_embeddings=77, rms_norm_eps=3e-5, rope_theta=5000.0)
+TIED = LlamaConfig(**{**vars(CONFIG), "tie_word_embeddings": True})
 TEXTS = ["Where does Miru live? In Oslo, where the bakers are.", "Tako has a goat and a duck; Lulo has none.\n"] * 3
 
 
@@ -198,8 +199,7 @@ def test_the_file_has_every_tensor_in_its_type_and_shape(folder_of, tmp_path, em
 
 
 def test_tied_embeddings_are_stored_once(folder_of, tmp_path):
-    tied = LlamaConfig(**{**vars(CONFIG), "tie_word_embeddings": True})
-    folder = folder_of(config=tied)
+    folder = folder_of(config=TIED)
     export.export(folder, tmp_path / "m.gguf", "f32")
     file = FromFile(tmp_path / "m.gguf")
     assert "output.weight" not in file.tensors and "token_embd.weight" in file.tensors
@@ -396,7 +396,7 @@ def imported(file, tokenizer_file, folder):
 WIDE = LlamaConfig(300, 256, 64, 1, 4, 2, rms_norm_eps=1e-5)
 
 
-@pytest.mark.parametrize("config, head", [(CONFIG, Type.Q8_0), (CONFIG, Type.F16), (WIDE, Type.Q6_K)])
+@pytest.mark.parametrize("config, head", [(CONFIG, Type.Q8_0), (CONFIG, Type.F16), (TIED, None), (WIDE, Type.Q6_K)])
 def test_a_q4_1_file_computes_here_what_it_says_and_comes_back_byte_for_byte(tmp_path, tokenizer_file, config, head):
     quantize_file(tmp_path / "in.gguf", config, data.load_tokenizer(tokenizer_file), head)
     folder = imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base")
