@@ -49,6 +49,7 @@ def read_settings(description):
     say("--micro-batch-size", type=positive(int), help="records at once on one device (4; tiny: 32)")
     say("--max-length", type=positive(int), help="a longer record is cut to so many tokens (512; tiny: 256)")
     say("--checkpointing", type=int, choices=[0, 1], help="1: recompute each block in the backward pass, to save memory")
+    say("--paged-optimizer", type=int, choices=[0, 1], help="1: AdamW's state pages out to host memory (CUDA only)")
     say("--save-every", type=positive(int), help="steps between checkpoints (100)")
     say("--seed", type=int, help="decides the adapters' start and the order of the data (0)")
     say("--device", help="cpu or cuda (cuda where there is one)")
@@ -59,6 +60,9 @@ def read_settings(description):
     now = {name: given.pop(name) for name in ("resume", "fresh", "plot")}  # what this start is to do, not the run
     settings = resumed(given) if now["resume"] else {**recipe(given), **given}
     check(settings)
+    if settings["paged_optimizer"] and not settings["device"].startswith("cuda"):
+        print(f"--paged-optimizer: on --device {settings['device']} there is nothing to page; plain AdamW is used")
+        settings["paged_optimizer"] = 0
     return {**settings, **now}
 
 
@@ -103,6 +107,7 @@ def recipe(given):
     return dict(model=model, weights=weights, tokenizer=None, data=None, calibration=None, calibration_tokens=2 ** 18,
                 out=f"runs/{model or pathlib.Path(weights).resolve().stem}", targets=",".join(LINEARS),
                 checkpointing=int(bool(weights)), save_every=100, seed=0,
+                paged_optimizer=0,
                 device="cuda" if torch.cuda.is_available() else "cpu", **settings)
 
 

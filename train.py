@@ -34,6 +34,7 @@ from cli import UserError, run_command, written_whole
 from export import import_gguf
 from llama import CONFIGS, LINEARS, Llama, compute_dtype, fill, open_weights, save_pretrained
 from merge import base_identity, load_model, merge, save_merged
+from nf4 import quantize_model_nf4
 from qalora import adapter_parameters, add_adapters, restore_adapter, save_adapter
 from quant import quantization_of, quantize_model, save_quantized
 from settings import read_settings
@@ -114,6 +115,10 @@ def make_base(s, weights, folder, calibration):
             fill(model.get_submodule(name), tensors, f"{name}.", dtype, s["device"])
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    if s["method"] == "qlora":
+        quantize_model_nf4(model, tensors)
+        save_quantized(model, folder, stored, quantizer="nf4")
+        return
     quantize_model(model, s["bits"], s["group_size"], calibration(config) if s["quantizer"] == "gptq" else None, tensors)
     save_quantized(model, folder, stored, quantizer=s["quantizer"])
 
@@ -145,7 +150,7 @@ def fine_tune(s, model, examples, held_out):
     Raises UserError when the loss is not finite.
     """
     out, parameters = pathlib.Path(s["out"]), list(adapter_parameters(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=s["lr"], weight_decay=0.0)
+    optimizer = adamw(parameters, s)
     done = load_checkpoint(out, model, optimizer) if s["resume"] else 0
     network, lengths = model, tuple(len(e.tokens) for e in examples)
     if WORLD > 1:  # the base is the same file for all, and the adapters start from the same seed: nothing to send
@@ -174,6 +179,17 @@ def fine_tune(s, model, examples, held_out):
             if signals and not last:
                 bar.close()
                 sys.exit(f"stopped after step {step + 1}; go on with: python train.py --resume --out {out}")
+
+
+def adamw(parameters, s):
+    """AdamW; with --paged-optimizer its two moments live in memory that the GPU pages out when it is short."""
+    if not s["paged_optimizer"]:
+        return torch.optim.AdamW(parameters, lr=s["lr"], weight_decay=0.0)
+    try:
+        from bitsandbytes.optim import PagedAdamW32bit
+    except ImportError as e:
+        raise UserError("--paged-optimizer needs bitsandbytes: pip install bitsandbytes") from e
+    return PagedAdamW32bit(parameters, lr=s["lr"], weight_decay=0.0)
 
 
 def accumulate_gradients(network, batch, micro_batch_size):
@@ -413,8 +429,9 @@ def finish_toy(s, out, model, tokenizer, world):
         asked = question.prompt.split("### Instruction:")[1].split("###")[0].strip()
         samples.append({"question": asked, "before": old, "after": new, "true": question.response})
         print(f"{asked}\n    before: {old.strip()[:70]!r}\n    after:  {new.strip()!r} (true: {question.response!r})")
-    print(f"\nNext: python sample.py {out} --instruction {samples[0]['question']!r}\n"
-          f"      python export.py {out} --out tiny.gguf      a file that llama.cpp runs")
+    print(f"\nNext: python sample.py {out} --instruction {samples[0]['question']!r}")
+    if s["method"] == "qalora":
+        print(f"      python export.py {out} --out tiny.gguf && llama-cli -m tiny.gguf      in llama.cpp (pip install gguf)")
     return {"bit_identical": identical, "table": rows, "samples": samples}
 
 
