@@ -342,10 +342,11 @@ def main():
     model, tokenizer = evals.load(out / "base", s["device"])
     train, held_out = read_examples(s, world, tokenizer, say)
     model.model.checkpointing = bool(s["checkpointing"])
+    bits = bits_per_weight(model)
     torch.manual_seed(s["seed"])
     add_adapters(model, s["rank"], s["alpha"], s["targets"].split(","))
     count = sum(p.numel() for p in adapter_parameters(model).values())
-    say(f"fine-tuning {count:,} parameters beside {bits_per_weight(model):.2f} bits a weight, on {len(train)} examples")
+    say(f"fine-tuning {count:,} parameters beside {bits:.2f} bits a weight, on {len(train)} examples")
     fine_tune(s, model, train, held_out)
     if RANK == 0:
         save_adapter(model, out / "adapter", method=s["method"], base=base_identity(out / "base"))
