@@ -23,7 +23,7 @@ def merge(module):
     """
     if isinstance(module, (QALoRALinear, LoRALinear)):
         return module.merged()
-    adapted = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, (QALoRALinear, LoRALinear))]
+    adapted = [(name, m) for name, m in module.named_modules() if isinstance(m, (QALoRALinear, LoRALinear))]
     if not adapted:
         raise UserError("there is no adapter to merge")
     dtype = next(module.parameters()).dtype
@@ -56,10 +56,10 @@ def load_run(run, dtype=None, device="cpu"):
         raise UserError(f"{run} has no finished adapter yet; go on with train.py --resume --out {run}")
     model = load_model(run / "base", dtype, device)
     settings = load_adapter(model, run / "adapter")
-    found = base_identity(run / "base")
-    if settings["base"] != found:
-        raise UserError(f"{run}/adapter was trained over the base {settings['base'][:12]}, but {run}/base is "
-                        f"{found[:12]}: merged, they would be wrong; train again with --fresh")
+    wanted, found = settings.get("base"), base_identity(run / "base")
+    if wanted != found:
+        raise UserError(f"{run}/adapter was trained over the base {str(wanted)[:12]}, but {run}/base is "
+                        f"{str(found)[:12]}: merged, they would be wrong; train again with --fresh")
     return merge(model)
 
 
@@ -81,10 +81,10 @@ def save_merged(model, run, folder):
 
 
 def base_identity(folder):
-    """The SHA-256 of a base's model.safetensors, as recorded when it was quantized; a float base's is computed here."""
-    quantization = quantization_of(folder)
-    if quantization:
-        return quantization["sha256"]
+    """The SHA-256 of a base's model.safetensors: as recorded when it was quantized, else computed here."""
+    recorded = (quantization_of(folder) or {}).get("sha256")
+    if recorded:
+        return recorded
     with open(pathlib.Path(folder) / "model.safetensors", "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

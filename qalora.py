@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cli import UserError, written_whole
-from llama import LINEARS
+from llama import LINEARS, read_json
 from quant import QuantLinear, quant_matmul
 
 
@@ -118,13 +118,19 @@ def save_adapter(model, folder, **origin):
 
 
 def load_adapter(model, folder):
-    """Adds the adapters kept in `folder` to `model`; returns what adapter.json says. Errors as in `restore_adapter`."""
+    """Adds the adapters kept in `folder` to `model`; returns what adapter.json says.
+
+    Raises UserError when that is missing or describes no adapter, and as in `restore_adapter`.
+    """
     path = pathlib.Path(folder) / "adapter.json"
-    try:
-        settings = json.loads(path.read_text())
-        add_adapters(model, settings["rank"], settings["alpha"], settings["targets"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); train the adapter again") from e
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; train the adapter again")
+    settings = read_json(path)
+    rank, alpha, targets = (settings.get(name) for name in ("rank", "alpha", "targets"))
+    if not (type(rank) is int and rank > 0 and type(alpha) in (int, float) and 0 < alpha < math.inf
+            and type(targets) is list and all(name in LINEARS for name in targets)):
+        raise UserError(f"{path}: rank {rank}, alpha {alpha}, targets {targets} are no adapter's; train it again")
+    add_adapters(model, rank, alpha, targets)
     restore_adapter(model, folder)
     return settings
 
@@ -132,17 +138,17 @@ def load_adapter(model, folder):
 def restore_adapter(model, folder):
     """Copies the tensors of a folder's adapter.safetensors into the adapters that `model` already has.
 
-    Raises UserError when the file is missing or damaged, or a tensor does not fit: an adapter trained over other groups
-    has no meaning here.
+    Raises UserError when the file is missing or damaged, or a tensor does not fit: an adapter trained over other
+    groups has no meaning here.
     """
     path, parameters = pathlib.Path(folder) / "adapter.safetensors", adapter_parameters(model)
     try:
         tensors = load_file(path)
-    except SafetensorError as e:
-        raise UserError(f"{path} is damaged ({e}); train the adapter again") from e
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is missing or damaged ({e}); train the adapter again") from e
     for name in sorted(parameters.keys() | tensors.keys()):
         wanted, found = ([*t[name].shape] if name in t else None for t in (parameters, tensors))
         if wanted != found:
-            raise UserError(f"{path}: {name} is {found or 'missing'} where the model needs {wanted or 'none'}; it belongs "
-                            "to a model with other layers or another group size")
+            raise UserError(f"{path}: {name} is {found or 'missing'} where the model needs {wanted or 'none'}; it "
+                            "belongs to a model with other layers or another group size")
         parameters[name].data.copy_(tensors[name])

@@ -260,7 +260,7 @@ def test_plain_gptq_beats_rtn_on_correlated_inputs(bits):
 
 @pytest.mark.parametrize("bits, gptq, rtn", [(4, 0.0664, 0.0782), (3, 0.1469, 0.1677)])
 def test_output_errors_on_a_1024_wide_layer_are_the_known_ones(bits, gptq, rtn):
-    """Measured once, before this code existed, on another draw of the same layer: draws differ by a percent or two."""
+    """Measured before this code existed, on another draw of the same layer: draws differ by a percent or two."""
     w, hessian = normal(0, 1024, 1024) * 0.02, correlated_hessian(1, 1024)
     assert output_error(w, quantize_rtn(w, bits, 32), hessian) == pytest.approx(rtn, rel=0.02)
     quantized = quantize_gptq(w, hessian, bits, 32, search=False)
