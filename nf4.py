@@ -1,7 +1,7 @@
 """NF4, the 4-bit format of QLoRA (Dettmers et al., 2023): the base of the baseline, no part of QA-LoRA.
 
-A matrix is cut, row after row, into blocks of 64 weights. Each block is divided by its largest magnitude and every weight
-rounded to the nearest of 16 values, which lie where equal shares of a normal distribution do. The magnitudes are
+A matrix is cut, row after row, into blocks of 64 weights. Each block is divided by its largest magnitude and every
+weight rounded to the nearest of 16 values, which lie at quantiles of a normal distribution. The magnitudes are
 quantized in their turn (double quantization): less their mean, in blocks of 256, as 8-bit floats. That makes
 4 + 8/64 + 32/(64*256) = 4.127 bits a weight. The values are not evenly spaced and a block has no offset, so there is
 nothing that an adapter could be folded into: a merged QLoRA layer is a float layer.
@@ -28,7 +28,7 @@ VALUES = torch.tensor([  # as published; tests/test_nf4.py derives them
 
 
 class NF4(NamedTuple):
-    """A quantized matrix of n weights in b = n / 64 blocks, both rounded up: w = VALUES[code] * scale of its block."""
+    """A quantized matrix of n weights in b = n / 64 blocks, rounded up: w = VALUES[code] * scale of its block."""
     packed: torch.Tensor        # [32 * b] uint8: codes 2j (low half) and 2j + 1 (high half) in byte j
     scale: torch.Tensor         # [b] float8_e4m3fn: (scale of the block - scale_mean) / scale_of_scale
     scale_of_scale: torch.Tensor  # [b / 256] float32, rounded up
@@ -36,7 +36,7 @@ class NF4(NamedTuple):
 
 
 def quantize_nf4(w_OI):
-    """NF4 codes and twice quantized scales of a matrix of any shape and floating dtype; the last block may be short."""
+    """NF4 codes and scales of a matrix of any shape and floating dtype; its last block may be short."""
     assert w_OI.isfinite().all(), "the weights have NaN or infinite entries"
     blocks = nn.functional.pad(w_OI.float().flatten(), (0, -w_OI.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(dim=1)  # [b]

@@ -41,7 +41,7 @@ def trained(model, rank=3, seed=0):
 # ---- the format
 
 def test_the_values_are_quantiles_of_a_normal_distribution():
-    """8 above zero, 7 below, each side evenly spaced in probability from 1/2 to 0.9677083; zero itself; scaled to 1."""
+    """8 above zero, 7 below, each side evenly spaced in probability from 1/2 to 0.9677083; zero; scaled to 1."""
     outermost, quantile = 0.9677083, statistics.NormalDist().inv_cdf
     side = lambda n: [quantile(outermost + (0.5 - outermost) * k / n) for k in range(n)]
     values = sorted(side(8) + [0.0] + [-q for q in side(7)])
@@ -111,7 +111,7 @@ def test_zeros_stay_zero_and_blocks_of_zeros_too():
 
 
 def test_double_quantization_hardly_adds_to_the_error():
-    """On normal weights the relative error is that of NF4 with float32 scales, 0.0924 measured, within one percent."""
+    """On normal weights the relative error is that of NF4 with float32 scales, measured 0.0924, within 1 %."""
     w = normal(0, 1024, 1024)
     q = quantize_nf4(w)
     _, scale_OI = exact_scales(w)
