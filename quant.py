@@ -232,7 +232,8 @@ def _clipping_error(x_gO, importance_g, below, above, bits):  # [O]
 def fit_range(w_gO, factor_gg, codes_gO, scale, offset):
     """The scale [O] and offset [O] that fit the codes best, by least squares of (w - scale * codes - offset)ᵀ factor.
 
-    Where that is no better than those given, or needs a scale that is no positive float16, they stay.
+    Where that is no better than those given they stay. So they do for a scale below 0 or far from the given one: where
+    all codes are equal the fitted scale is a quotient of rounding errors.
     """
     target, codes = factor_gg.t() @ w_gO, factor_gg.t() @ codes_gO
     one = factor_gg.sum(dim=0).unsqueeze(1)  # [g, 1]: what an offset of 1 adds to every column
@@ -241,7 +242,8 @@ def fit_range(w_gO, factor_gg, codes_gO, scale, offset):
     fitted_scale = ((spread * target).sum(dim=0) / spread.square().sum(dim=0)).half()
     fitted_offset = mean(target - fitted_scale * codes)[0]
     error = lambda scale, offset: (target - scale.float() * codes - offset * one).square().sum(dim=0)
-    better = (fitted_scale > 0) & (error(fitted_scale, fitted_offset) < error(scale, offset))  # not for infinity, NaN
+    better = (fitted_scale > 0) & (fitted_scale < 4 * scale)  # neither holds for NaN
+    better &= error(fitted_scale, fitted_offset) < error(scale, offset)
     return torch.where(better, fitted_scale, scale), torch.where(better, fitted_offset, offset)
 
 
@@ -291,9 +293,10 @@ class QuantMatmul(torch.autograd.Function):
         in_features = x.shape[-1]
         x_NI = x.reshape(-1, in_features)
         wide = torch.promote_types(x.dtype, torch.float32)
-        pooled_NG = pool(x_NI, scale.shape[1], wide)
         kernels = triton_for(x)
-        if kernels and x_NI.shape[0] <= FEW_TOKENS and kernels.can_multiply(scale, bits, in_features):
+        fused = kernels and 0 < len(x_NI) <= FEW_TOKENS and kernels.can_multiply(scale, bits, in_features)
+        pooled_NG = None if fused and not ctx.needs_input_grad[3] else pool(x_NI, scale.shape[1], wide)
+        if fused:
             y_NO = kernels.multiply(x_NI, packed, scale, offset, bits)
         else:
             y_NO = float32_product(pooled_NG, _centred(offset, scale, bits, wide).t(), x.dtype)
@@ -522,12 +525,13 @@ HEARS_WITH = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  #
 CALIBRATION_BATCH = 2048  # tokens that go through a block at once
 
 
-def quantize_model(model, bits, group_size, calibration_tokens=None, weights=None):
+def quantize_model(model, bits, group_size, calibration_tokens=None, weights=None, search=True):
     """Replaces the seven linear layers of every block by QuantLinears, in place; returns the model.
 
     calibration_tokens: [N, T] for GPTQ, in sequence: each block is calibrated on the outputs of the blocks before it
     as quantized; None means RTN. Embedding, norms and output head stay in float. `weights` (of `open_weights`): blocks
-    still on the meta device are read from there in their turn, so that no more than one is ever dense.
+    still on the meta device are read from there in their turn, so that no more than one is ever dense. `search` as in
+    `quantize_gptq`.
     Raises UserError, naming the layer, when the group size does not divide its inputs or float16 cannot hold a scale.
     """
     check_group_size(model.config, group_size)
@@ -542,12 +546,12 @@ def quantize_model(model, bits, group_size, calibration_tokens=None, weights=Non
     for i, block in enumerate(tqdm(model.model.layers, label, unit="block")):
         if weights is not None:
             fill(block, weights, f"model.layers.{i}.", embedding.dtype, embedding.device)
-        quantize_block(block, f"model.layers.{i}.", bits, group_size, hidden, rotary if hidden else None)
+        quantize_block(block, f"model.layers.{i}.", bits, group_size, hidden, rotary if hidden else None, search)
     return model
 
 
 @torch.no_grad()
-def quantize_block(block, prefix, bits, group_size, hidden=None, rotary=None):
+def quantize_block(block, prefix, bits, group_size, hidden=None, rotary=None, search=True):
     """Quantizes one block's linear layers in place, by GPTQ on the inputs `hidden` (a list of [B, T, D]) or by RTN.
 
     `hidden` is advanced to the quantized block's outputs.
@@ -559,7 +563,7 @@ def quantize_block(block, prefix, bits, group_size, hidden=None, rotary=None):
             continue
         try:
             if hidden:
-                quantized = quantize_gptq(layer.weight, hessians[HEARS_WITH.get(name, name)], bits, group_size)
+                quantized = quantize_gptq(layer.weight, hessians[HEARS_WITH.get(name, name)], bits, group_size, search)
             else:
                 quantized = quantize_rtn(layer.weight, bits, group_size)
         except UserError as e:

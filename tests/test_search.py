@@ -134,3 +134,15 @@ def test_what_the_groups_leave_is_the_error_of_the_whole(bits, group_size, seed)
         corrected_error = error[:, here] + error[:, before] @ factor[before, here] @ factor[here, here].inverse()
         total += (corrected_error @ factor[here, here]).square().sum()
     assert total.item() == pytest.approx((error @ factor).square().sum().item(), rel=1e-6)
+
+
+@given(BITS, GROUP_SIZES, st.integers(0, 3), SEEDS)
+def test_where_all_codes_are_equal_a_scale_stays_what_it_was_or_gets_better(bits, group_size, code, seed):
+    """The slope through points at one place is rounding error over rounding error: any number, or infinite."""
+    w, factor = one_group(seed, group_size)
+    scale, offset = best_range(w, factor.diagonal().square(), bits)
+    codes = torch.full_like(w, code)
+    error = lambda s, o: ((w - s.float() * codes - o).t().double() @ factor.double()).square().sum(dim=1)
+    found = fit_range(w, factor, codes, scale, offset)
+    assert (found[0] > 0).all() and (found[0] < 4 * scale).all()
+    assert (error(*found) <= error(scale, offset) * 1.0001).all()
