@@ -1,0 +1,187 @@
+"""compare.py: what is chosen never saw the test, the numbers are what they are called, no row is missing."""
+
+import copy
+import importlib.util
+import json
+import random
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import compare
+import data
+import quant
+import train
+from cli import UserError
+
+SMALL = compare.FULL | dict(
+    model=compare.FULL["model"] | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1),
+    people=24, pretraining_steps=3, steps=1, batch_size=4, group_sizes=[8, 16], bits=[3, 2], rates=[1e-3, 1e-2])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(results of a comparison too short to learn anything, in this process; the calls of `judge` it made)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("compare"))
+        judged, judge = [], compare.judge
+
+        def listening(model, tokenizer, world, choosing):
+            judged.append((world, choosing))
+            return judge(model, tokenizer, world, choosing)
+
+        patch.setattr(compare, "judge", listening)
+        patch.setattr(compare, "concurrent", Here)
+        patch.setattr(compare, "prepare_worker", lambda: None)
+        return compare.compare(SMALL, [1], workers=1), judged
+
+
+class Here:
+    """Stands for the module concurrent: its pool runs everything at once in this process."""
+
+    class futures:
+        class ProcessPoolExecutor:
+            def __init__(self, *arguments, **options):
+                pass
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                pass
+
+            def submit(self, function, *arguments):
+                return Done(function(*arguments))
+
+            map = staticmethod(map)
+
+        as_completed = staticmethod(list)
+
+
+class Done:
+    def __init__(self, value):
+        self.value = value
+
+    def result(self):
+        return self.value
+
+
+def people_of(records):
+    """The names in questions, each of which ends in `NAME live?`, `NAME have?` and so on."""
+    asked = [record.prompt.split("### Instruction:\n")[1].split("?")[0] for record in records]
+    return {" ".join([word for word in text.split() if word[0].isupper()][1:]) for text in asked}
+
+
+@given(st.integers(0, 2 ** 32), st.integers(24, 100))
+def test_the_people_of_fine_tuning_of_validation_and_of_the_test_are_three_groups(seed, people):
+    world = data.make_world(seed, people)
+    tuning, validation = compare.split(world)
+    groups = [people_of(part) for part in (tuning, validation, world.test)]
+    assert all(groups) and len(set.union(*groups)) == sum(map(len, groups)) == people
+    assert tuning + validation == world.train
+
+
+def test_the_learning_rates_are_chosen_without_the_test_and_on_a_seed_that_is_not_reported(small):
+    results, judged = small
+    choosing = [i for i, (_, choosing) in enumerate(judged) if choosing]
+    assert choosing == list(range(len(results["validation"]))), "some test was judged before all rates were chosen"
+    assert {row["seed"] for row in results["validation"]} == {compare.CHOOSING_SEED}
+    assert {row["seed"] for row in results["rows"]} == {1}
+    assert not {"multiple_choice", "perplexity"} & results["validation"][0].keys()
+
+
+def test_judging_for_a_choice_reads_neither_test_choices_nor_held_out_text(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = compare.base_folder(SMALL, 0)
+    world = data.make_world(0, SMALL["people"])._replace(test=None, choices=None, heldout=None)
+    model, tokenizer = compare.load_pretrained(folder), data.load_tokenizer(folder)
+    assert compare.judge(model, tokenizer, world, True).keys() == {"exact_match", "loss"}
+
+
+def test_the_chosen_rate_has_most_exact_matches_and_then_the_least_loss():
+    rows = [dict(row=name, lr=lr, exact_match=match, loss=loss) for name, lr, match, loss in [
+        ("a", 1, 0.5, 1.0), ("a", 2, 0.6, 9.0), ("a", 3, 0.6, 8.0), ("b", 1, 0.1, 0.1), ("b", 2, 0.0, 0.0)]]
+    for _ in range(5):
+        assert compare.choose(random.sample(rows, len(rows))) == {"a": 3, "b": 1}
+
+
+def test_every_method_bit_width_and_ablation_has_one_row_a_seed(small):
+    results, _ = small
+    table = ["base", "LoRA", "QLoRA"] + [f"{method} {bits} bits" for bits in (3, 2)
+                                         for method in ("RTN", "GPTQ", "QLoRA w/ GPTQ", "QA-LoRA")]
+    ablations = [f"{method} 2 bits, groups of 16" for method in ("GPTQ", "QLoRA w/ GPTQ", "QA-LoRA")]
+    ablations += [f"{method} {bits} bits, min-max ranges"
+                  for method in ("GPTQ", "QLoRA w/ GPTQ", "QA-LoRA") for bits in (3, 2)]
+    ablations += [f"{method}, {what}" for method in ("QLoRA", "QLoRA w/ GPTQ 2 bits", "QA-LoRA 2 bits")
+                  for what in ("attention only", "1/8 of the examples")]
+    assert sorted(row["row"] for row in results["rows"]) == sorted(table + ablations)
+    assert all(row[metric] is not None for row in results["rows"] for metric in compare.MEASURED)
+    assert json.loads(json.dumps(results))["rows"][0]["row"] == "base"
+
+
+def test_every_row_was_trained_with_the_rate_its_method_chose(small):
+    results, _ = small
+    assert results["rates"].keys() == {row["row"] for row in results["validation"]}
+    for row in results["rows"]:
+        assert row["lr"] == results["rates"].get(row["row"].partition(",")[0], 0.0), row
+
+
+def test_deployed_bits_are_codes_and_a_share_of_scale_and_offset(small):
+    results, _ = small
+    for row in results["rows"]:
+        name = row["row"]
+        if " bits" in name:
+            bits, group = int(name.split(" bits")[0][-1]), 16 if "groups of 16" in name else 8
+            assert row["bits_per_weight"] == bits + (16 + 32) / group, row
+        elif name.startswith("QLoRA"):  # NF4, and a float32 adapter beside it
+            weights = 4 * 32 * 32 + 3 * 32 * 64
+            assert 4.1 < row["bits_per_weight"] - 32 * row["trainable"] / weights < 4.3, row
+        else:
+            assert row["bits_per_weight"] == 32, row
+
+
+def test_trainable_parameters_are_counted_from_the_shapes(small):
+    results, _ = small
+    shapes = {"attention": [(32, 32)] * 4, "mlp": [(64, 32)] * 2 + [(32, 64)]}  # outputs, inputs of the one layer
+    for row in results["rows"]:
+        layers = shapes["attention"] + ([] if "attention only" in row["row"] else shapes["mlp"])
+        group = 1 if row["row"].startswith(("LoRA", "QLoRA")) else 16 if "groups of 16" in row["row"] else 8
+        expected = sum(SMALL["rank"] * (outputs + inputs // group) for outputs, inputs in layers)
+        assert row["trainable"] == (0 if row["method"] == "base" else expected), row
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=6))
+def test_mean_and_spread_are_those_of_the_statistics_module(values):
+    rows = [{"row": "a", **{metric: value for metric in compare.MEASURED}} for value in values]
+    for mean, spread in compare.summary(rows)["a"].values():
+        assert mean == pytest.approx(statistics.mean(values)) and spread == pytest.approx(statistics.stdev(values))
+
+
+def test_without_search_gptq_keeps_the_range_of_each_group(small, monkeypatch):
+    seen, gptq = [], quant.quantize_gptq
+    monkeypatch.setattr(quant, "quantize_gptq", lambda *a: seen.append(a[4]) or gptq(*a))
+    model = train.Llama(compare.LlamaConfig(**SMALL["model"]))
+    tokens = data.torch.randint(512, (2, 32))
+    for search in (True, False):
+        quant.quantize_model(copy.deepcopy(model), 2, 8, tokens, search=search)
+    assert seen == [True] * 7 + [False] * 7
+
+
+def test_the_table_shows_every_row(small):
+    results, _ = small
+    text = compare.table(results["rows"])
+    assert len(text.splitlines()) == 1 + len(compare.summary(results["rows"]))
+    assert "QA-LoRA 2 bits, attention only" in text
+
+
+def test_the_figure_is_drawn_or_the_error_names_matplotlib(small, tmp_path):
+    path = tmp_path / "compare.json"
+    path.write_text(json.dumps(small[0]))
+    if importlib.util.find_spec("matplotlib"):
+        compare.plot(path)
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    else:
+        with pytest.raises(UserError, match="pip install matplotlib"):
+            compare.plot(path)
