@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import example, given, settings, strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 import quant
@@ -293,7 +294,7 @@ def test_no_hessian_makes_gptq_fail(bits, groups, group_size, seed, exponent, ki
     torch.tensor([[1.0, 1.01], [1.01, 1.0]]),  # the usual damping makes it singular to the last bit
     torch.tensor([[1e-30, 1e30], [1e30, 1e-30]]), torch.tensor([[1.0, 0], [0, -1]]), torch.full((2, 2), 1e-45),
     torch.full((2, 2), 3e38), torch.full((2, 2), 1e300, dtype=torch.float64), torch.full((2, 2), -3e38),
-    torch.tensor([[3e38, 3e38], [3e38, -3e38]])], ids=str)
+    torch.tensor([[3e38, 3e38], [3e38, -3e38]]), torch.tensor([[1e-45, 0], [0, 0]])], ids=str)
 def test_extreme_hessians_end_too(hessian, search):
     w = torch.tensor([[1.0, -0.5], [0.25, 0.125]])
     for group_size in (1, 2):
@@ -700,3 +701,58 @@ def test_a_float_model_or_an_empty_folder_is_no_quantized_model(tmp_path):
     with pytest.raises(UserError, match="no quantized model"):
         load_quantized(tmp_path)
     assert quant.quantization_of(tmp_path) is None
+
+
+# ---- generating text on a CPU
+
+def int4_case(seed, rows, groups, group_size, bits=4):
+    """(QuantLinear, its exact weight [O, I] in float64) with scales that bfloat16 holds."""
+    quantized = random_quantized(seed, rows, groups, group_size, bits)
+    return QuantLinear.from_quantized(quantized, bits), dense(quantized)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.integers(1, 40), SEEDS)
+@example(9, 2, 32, 17, 0)  # more rows than are unpacked at a time, the last piece a short one
+@example(1, 1, 32, 16, 0)  # the last number of tokens that the kernel gets
+@example(1, 1, 32, 17, 0)  # the first that are multiplied by unpacked rows
+@settings(max_examples=20)
+def test_a_prepared_layer_multiplies_by_the_same_weights(blocks, groups, group_size, tokens, seed):
+    """Inputs are small integers, which bfloat16 holds, so that only sums round: to bfloat16 where the kernel is used."""
+    layer, w = int4_case(seed, blocks * quant.int4_interleaving(), groups, group_size)
+    x = integers(seed, -4, 4, tokens, groups * group_size)
+    model = quant.prepare_inference(nn.Sequential(copy.deepcopy(layer)))
+    assert isinstance(model[0], quant.Int4Linear)
+    assert {*dict(model[0].named_buffers())} == {"int4", "scale_zero", "centred"}  # the packed original is dropped
+    for dtype in (torch.float32, torch.bfloat16):
+        y = model(x.to(dtype).view(1, tokens, -1))
+        assert y.dtype == dtype and y.shape == (1, tokens, len(w))
+        exact, size = x.double() @ w.t(), x.double().abs() @ w.abs().t()
+        precise = dtype == torch.float32 and tokens > quant.FEW_TOKENS
+        assert ((y[0] - exact).abs() <= (1e-6 if precise else 2 ** -7) * size).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_a_prepared_layer_is_as_exact_as_bfloat16_and_offsets_more_so(tokens):
+    layer = QuantLinear.from_quantized(quantize_rtn(normal(0, 128, 1024) * 0.02, 4, 32), 4)
+    x = normal(1, tokens, 1024).float()
+    exact = x @ layer.dequantize().t()
+    assert (quant.prepare_inference(nn.Sequential(layer))(x) - exact).norm() < 0.004 * exact.norm()
+    layer = QuantLinear.from_quantized(Quantized(torch.full((64, 32), 8, dtype=torch.uint8), torch.ones(64, 1).half(),
+                                                 torch.full((64, 1), 2.0 ** -12)), 4)
+    assert (quant.prepare_inference(nn.Sequential(layer))(torch.ones(tokens, 32)) == 32 * (8 + 2.0 ** -12)).all()
+
+
+@pytest.mark.parametrize("bits, rows, group_size", [(3, 64, 32), (2, 64, 32), (4, 48, 32), (4, 64, 16), (4, 64, 48)])
+def test_a_layer_that_the_int4_kernel_does_not_take_stays(bits, rows, group_size):
+    layer, _ = int4_case(0, rows, 2, group_size, bits)
+    assert quant.prepare_inference(nn.Sequential(layer))[0] is layer
+
+
+def test_where_the_int4_order_is_unknown_nothing_is_prepared(monkeypatch):
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack_for_cpu", lambda codes, _: codes[:, ::2].to(torch.uint8))
+    quant.int4_interleaving.cache_clear()
+    try:
+        layer, _ = int4_case(0, 64, 2, 32)
+        assert quant.prepare_inference(nn.Sequential(layer))[0] is layer
+    finally:
+        quant.int4_interleaving.cache_clear()

@@ -1,0 +1,79 @@
+"""bench.py: its arithmetic, its reference algorithm, and that all of it runs, on models so small that no time tells."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+
+import bench
+from llama import CONFIGS
+from quant import dequantize, quantize_gptq
+
+
+def test_contenders_take_turns_and_the_first_turn_does_not_count(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def contender(name, seconds):
+        def run():
+            order.append(name)
+            clock[0] += seconds.pop(0)
+        return run
+
+    measured = bench.take_turns({"a": contender("a", [9, 1, 2]), "b": contender("b", [9, 3, 8])}, 2, "cpu")
+    assert order == ["a", "b"] * 3
+    assert measured == {"a": [1, 2], "b": [3, 8]}
+
+
+def test_ratios_are_of_the_same_turn_and_who_is_missing_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "take_turns", lambda *_: {"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 12.0]})
+    rows = bench.compare("racing", {"a": print, "b": print, "c": None}, 3, "cpu", parts=2)
+    assert [row["name"] for row in rows] == ["a", "b"]
+    assert rows[1] == {"what": "racing", "name": "b", "milliseconds": 1000, "floor": None, "ratio": 2, "from": 1, "to": 3}
+    assert "c  " in capsys.readouterr().out.split("left out: not installed")[0].splitlines()[-1]
+
+
+@pytest.mark.parametrize("bits,group_size", [(4, 32), (2, 16), (3, 64)])
+def test_the_reference_gptq_and_ours_are_the_same_algorithm(bits, group_size):
+    torch.manual_seed(0)
+    w, x = torch.randn(24, 256), torch.randn(1000, 32) @ torch.randn(32, 256) + torch.randn(1000, 256)
+    hessian = x.t() @ x / len(x)
+    ours = dequantize(quantize_gptq(w, hessian, bits, group_size, search=False))
+    reference = bench.gptq_by_columns(w, hessian, bits, group_size)
+    assert ((ours - reference).abs() > 1e-4).float().mean() < 0.01  # a weight halfway between two codes may differ
+    assert not torch.equal(w, reference)
+
+
+def test_peak_memory_is_that_of_what_is_held_at_once():
+    small, large = 2 ** 24, 2 ** 27
+    peak = bench.peak_memory(lambda: (torch.ones(large, dtype=torch.uint8), torch.ones(small, dtype=torch.uint8)), "cpu")
+    again = bench.peak_memory(lambda: torch.ones(small, dtype=torch.uint8), "cpu")
+    assert large + small <= peak + 2 ** 22 and peak < 1.5 * large
+    assert small / 2 < again < 2 * small
+
+
+def test_everything_is_measured_and_written(monkeypatch, tmp_path, capsys):
+    small = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=2)
+    config = dataclasses.replace(CONFIGS["7b"], **small)
+    monkeypatch.setattr(bench, "WIDE", config)
+    monkeypatch.setattr(bench, "NARROW", config)
+    monkeypatch.setattr(bench, "machine", lambda device: {"matmul": {"torch.float32": 1e9, "torch.bfloat16": 1e9}, "copy": 1e9})
+    monkeypatch.setattr(bench, "gptq", functools.partial(lambda gptq, size, turns: gptq(64, turns), bench.gptq))
+    plot = ["--plot", str(tmp_path / "b.png")] if importlib.util.find_spec("matplotlib") else []
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick", "--device", "cpu", "--json", str(tmp_path / "b.json"), *plot])
+    bench.main()
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    names = {}
+    for row in rows:
+        names.setdefault(row["what"], []).append(row["name"])
+    assert len(names) == 2 + 2 + 1 + 6 + 4 + 4 + 4  # inference, training, GPTQ, growth
+    assert names["training step, one block of 7B, 512 tokens"][:3] == \
+        ["dense torch.float32, LoRA", "ours: 4 bits, QA-LoRA", "ours: NF4, QLoRA"]
+    assert all(row["ratio"] > 0 and row["from"] <= row["ratio"] <= row["to"] for row in rows if "ratio" in row)
+    assert not plot or (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert "llama.cpp, Q4_1" in capsys.readouterr().out
