@@ -40,12 +40,12 @@ from train import bits_per_weight, calibration_texts, calibration_windows, fine_
 FULL = dict(
     model=dict(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=5, num_attention_heads=2,
                num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5),
-    people=192, pretraining_steps=3000, pretraining_lr=5e-3, group_size=8, group_sizes=[8, 16, 32, 64], bits=[4, 3, 2],
-    rank=8, alpha=16.0, steps=150, batch_size=32, rates=[2e-3, 5e-3, 1.2e-2], ablations=True)
-QUICK = FULL | dict(people=96, pretraining_steps=1400, steps=100, rates=[5e-3, 1.2e-2], ablations=False)
+    people=192, pretraining_steps=3000, pretraining_lr=5e-3, bits=[4, 3, 2], group_size=8,
+    group_sizes=[8, 16, 32, 64], rank=8, alpha=16.0, steps=150, batch_size=32, rates=[1e-3, 2e-3, 4e-3],
+    ablations=True)
+QUICK = FULL | dict(people=96, pretraining_steps=1400, steps=100, rates=[2e-3, 4e-3], ablations=False)
 CHOOSING_SEED = 0  # the learning rates are chosen here; seeds 1, 2, ... are reported
-METRICS = ("exact_match", "multiple_choice", "perplexity")
-MEASURED = (*METRICS, "trainable", "bits_per_weight", "seconds")
+MEASURED = ("exact_match", "multiple_choice", "perplexity", "trainable", "bits_per_weight", "seconds")
 
 
 class Job(NamedTuple):
@@ -112,21 +112,21 @@ def run(r, job, rates):
     fitted = {"trainable": 0, "seconds": 0.0} if job.method == "base" else adapt(r, job, model, examples)
     rows = []
 
-    def deploy(name, make, *arguments):
+    def deploy(name, make=lambda: model):
         if rates is None or job.method == "base" or rates[name.partition(",")[0]] == job.lr:
-            deployed = make(*arguments)
+            deployed = make()
             rows.append({"row": name, **job._asdict(), **fitted, "bits_per_weight": bits_per_weight(deployed),
                          **judge(deployed, tokenizer, world, choosing=rates is None)})
 
     if job.method == "QLoRA":
-        deploy("QLoRA" + suffix(r, job), copy.deepcopy, model)
+        deploy("QLoRA" + suffix(r, job))
     if job.method != "base":
         merge(model)
     if job.method != "QLoRA":
-        deploy(job.method + suffix(r, job), copy.deepcopy, model)
+        deploy(job.method + suffix(r, job))
     if job.method in ("base", "QLoRA"):
         for name, *how in requantizations(r, job, rates is None, calibration):
-            deploy(name, lambda *how: quantize_model(copy.deepcopy(model), *how), *how)
+            deploy(name, lambda: quantize_model(copy.deepcopy(model), *how))
     return rows
 
 
@@ -137,7 +137,7 @@ def requantizations(r, job, choosing, calibration):
         lowest, ablations = bits == r["bits"][-1], plain and r["ablations"] and not choosing
         if job.method == "base":
             yield f"RTN {bits} bits", bits, r["group_size"]
-        for group_size in r["group_sizes"] if ablations and lowest else [r["group_size"]]:
+        for group_size in r["group_sizes"] if ablations and lowest and job.method == "QLoRA" else [r["group_size"]]:
             for search in (True, False) if ablations and bits < 4 and group_size == r["group_size"] else [True]:
                 made = job._replace(bits=bits, group_size=group_size, search=search)
                 name = "GPTQ" if job.method == "base" else "QLoRA w/ GPTQ"
@@ -158,8 +158,9 @@ def adapt(r, job, model, examples):
     add_adapters(model, r["rank"], r["alpha"], job.targets)
     start = time.process_time()  # one thread a process, so this is the time on a quiet machine
     with tempfile.TemporaryDirectory() as out:
-        settings = dict(out=out, lr=job.lr, steps=r["steps"], seed=job.seed, clip=1.0, save_every=r["steps"], resume=False,
-                        batch_size=r["batch_size"], micro_batch_size=r["batch_size"], device="cpu", paged_optimizer=False)
+        settings = dict(out=out, lr=job.lr, steps=r["steps"], seed=job.seed, clip=1.0, save_every=r["steps"],
+                        batch_size=r["batch_size"], micro_batch_size=r["batch_size"], resume=False, device="cpu",
+                        paged_optimizer=False)
         fine_tune(settings, model, examples, [])
     trainable = sum(p.numel() for p in adapter_parameters(model).values())
     return {"trainable": trainable, "seconds": time.process_time() - start}
@@ -169,7 +170,8 @@ def adapt(r, job, model, examples):
 
 def main_jobs(r, seed):
     """The fine-tunings of the table, without their learning rates."""
-    return [Job(seed, "LoRA"), Job(seed, "QLoRA"), *(Job(seed, "QA-LoRA", 0.0, b, r["group_size"]) for b in r["bits"])]
+    qalora = [Job(seed, "QA-LoRA", 0.0, bits, r["group_size"]) for bits in r["bits"]]
+    return [Job(seed, "LoRA"), Job(seed, "QLoRA"), *qalora]
 
 
 def ablation_jobs(r, seed):
@@ -190,11 +192,10 @@ def choose(rows):
     return best
 
 
-def rated(job, rates, r):
+def rated(job, rates):
     """The job once for every learning rate that one of its rows has chosen."""
-    names = {"LoRA": ["LoRA"], "QA-LoRA": [f"QA-LoRA {job.bits} bits"],
-             "QLoRA": ["QLoRA", *(f"QLoRA w/ GPTQ {bits} bits" for bits in r["bits"])]}[job.method]
-    return [job._replace(lr=lr) for lr in sorted({rates[name] for name in names})]
+    start = job.method + (f" {job.bits} bits" if job.bits else "")
+    return [job._replace(lr=lr) for lr in sorted({lr for row, lr in rates.items() if row.startswith(start)})]
 
 
 def summary(rows):
@@ -211,7 +212,7 @@ def table(rows):
     """The summary as text."""
     lines = [f"{'':44}   exact match  multiple choice      perplexity  trainable  bits/weight  seconds"]
     for name, s in summary(rows).items():
-        exact, choice = (f"{100 * mean:.1f} ± {100 * sd:4.1f}" for mean, sd in (s["exact_match"], s["multiple_choice"]))
+        exact, choice = (f"{100 * s[m][0]:.1f} ± {100 * s[m][1]:4.1f}" for m in ("exact_match", "multiple_choice"))
         lines.append(f"{name:44}{exact:>14}{choice:>17}{s['perplexity'][0]:9.3f} ± {s['perplexity'][1]:.3f}"
                      f"{s['trainable'][0]:11.0f}{s['bits_per_weight'][0]:13.2f}{s['seconds'][0]:9.0f}")
     return "\n".join(lines)
@@ -238,7 +239,7 @@ def compare(r, seeds, workers):
         print("learning rates:", json.dumps(rates), flush=True)
         jobs = [Job(seed, "base") for seed in seeds]
         for plan in (main_jobs, ablation_jobs) if r["ablations"] else (main_jobs,):
-            jobs += [job for seed in seeds for plain in plan(r, seed) for job in rated(plain, rates, r)]
+            jobs += [job for seed in seeds for plain in plan(r, seed) for job in rated(plain, rates)]
         rows = run_all(pool, r, jobs, rates)
     rows.sort(key=order(rows))
     return {"settings": r, "seeds": seeds, "rates": rates, "validation": validation, "rows": rows}
@@ -281,7 +282,7 @@ def main():
     parser.add_argument("--seeds", type=int, help="how many seeds are reported (3; with --quick 1)")
     parser.add_argument("--quick", action="store_true", help="5 minutes on 2 cores")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time (2)")
-    parser.add_argument("--out", type=pathlib.Path, help="the results' file (runs/compare.json, runs/compare-quick.json)")
+    parser.add_argument("--out", type=pathlib.Path, help="the results' file (runs/compare.json)")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="only draw a results' file")
     args = parser.parse_args()
     if args.plot:

@@ -111,7 +111,7 @@ def test_every_method_bit_width_and_ablation_has_one_row_a_seed(small):
     results, _ = small
     table = ["base", "LoRA", "QLoRA"] + [f"{method} {bits} bits" for bits in (3, 2)
                                          for method in ("RTN", "GPTQ", "QLoRA w/ GPTQ", "QA-LoRA")]
-    ablations = [f"{method} 2 bits, groups of 16" for method in ("GPTQ", "QLoRA w/ GPTQ", "QA-LoRA")]
+    ablations = [f"{method} 2 bits, groups of 16" for method in ("QLoRA w/ GPTQ", "QA-LoRA")]
     ablations += [f"{method} {bits} bits, min-max ranges"
                   for method in ("GPTQ", "QLoRA w/ GPTQ", "QA-LoRA") for bits in (3, 2)]
     ablations += [f"{method}, {what}" for method in ("QLoRA", "QLoRA w/ GPTQ 2 bits", "QA-LoRA 2 bits")
