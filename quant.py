@@ -214,19 +214,21 @@ def best_range(w_gO, importance_g, bits):
     """
     low, high = w_gO.amin(dim=0), w_gO.amax(dim=0)
     x_gO = (w_gO - low) / torch.where(high == low, 1, high - low)  # from 0 to 1
-    cut = torch.zeros(2, w_gO.shape[1], device=w_gO.device)
+    cut, least = torch.zeros(2, w_gO.shape[1], device=w_gO.device), torch.full_like(low, torch.inf)
+    scratch = torch.empty_like(x_gO), torch.empty_like(x_gO)  # new memory for every trial takes longer than its sums
     for step, reach in ((0.1, torch.arange(5)), (0.05, torch.arange(-1, 2))):
-        trials = cut + step * torch.cartesian_prod(reach, reach).unsqueeze(-1).to(cut)  # [trials, 2, O]
-        errors = torch.stack([_clipping_error(x_gO, importance_g, *trial, bits) for trial in trials])
-        cut = trials.take_along_dim(errors.argmin(dim=0).expand(1, 2, -1), dim=0).squeeze(0)
+        for trial in cut + step * torch.cartesian_prod(reach, reach).unsqueeze(-1).to(cut):  # [2, O]
+            error = _clipping_error(x_gO, importance_g, *trial, bits, *scratch)
+            cut, least = torch.where(error < least, trial, cut), torch.minimum(error, least)
     below, above = cut
     return round_up_to_float16((1 - below - above) * (high - low), 2 ** bits - 1), low + below * (high - low)
 
 
-def _clipping_error(x_gO, importance_g, below, above, bits):  # [O]
+def _clipping_error(x_gO, importance_g, below, above, bits, exact, codes):  # [O]
     step = (1 - below - above) / (2 ** bits - 1)
-    codes_gO = torch.addcmul(-below / step, x_gO, 1 / step)  # exact ones, not yet rounded
-    return importance_g @ codes_gO.round().clamp_(0, 2 ** bits - 1).sub_(codes_gO).square_() * step.square()
+    torch.addcmul(-below / step, x_gO, 1 / step, out=exact)
+    torch.round(exact, out=codes).clamp_(0, 2 ** bits - 1)
+    return importance_g @ codes.sub_(exact).square_() * step.square()
 
 
 def fit_range(w_gO, factor_gg, codes_gO, scale, offset):
@@ -241,7 +243,7 @@ def fit_range(w_gO, factor_gg, codes_gO, scale, offset):
     spread = codes - one * mean(codes)
     fitted_scale = ((spread * target).sum(dim=0) / spread.square().sum(dim=0)).half()
     fitted_offset = mean(target - fitted_scale * codes)[0]
-    error = lambda scale, offset: (target - scale.float() * codes - offset * one).square().sum(dim=0)
+    error = lambda scale, offset: (target - scale * codes).sub_(offset * one).square_().sum(dim=0)
     better = (fitted_scale > 0) & (fitted_scale < 4 * scale)  # neither holds for NaN
     better &= error(fitted_scale, fitted_offset) < error(scale, offset)
     return torch.where(better, fitted_scale, scale), torch.where(better, fitted_offset, offset)
@@ -542,11 +544,17 @@ def quantize_model(model, bits, group_size, calibration_tokens=None, weights=Non
         batches = calibration_tokens.to(embedding.device).split(max(1, CALIBRATION_BATCH // calibration_tokens.shape[1]))
         with torch.no_grad():
             hidden = [model.model.embed_tokens(tokens) for tokens in batches]
+    # Room for all results at once: between them a block's temporaries would leave holes, as large as they are together
+    room = quantized_skeleton(model.config, bits, group_size).model.layers.to_empty(device=embedding.device)
     label = f"quantizing to {bits} bits by {'RTN' if hidden is None else 'GPTQ'}"
     for i, block in enumerate(tqdm(model.model.layers, label, unit="block")):
         if weights is not None:
             fill(block, weights, f"model.layers.{i}.", embedding.dtype, embedding.device)
         quantize_block(block, f"model.layers.{i}.", bits, group_size, hidden, rotary if hidden else None, search)
+        for path, layer in room[i].named_modules():
+            if isinstance(layer, QuantLinear):
+                layer.load_state_dict(block.get_submodule(path).state_dict())
+                block.set_submodule(path, layer)
     return model
 
 
