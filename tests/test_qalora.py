@@ -102,16 +102,17 @@ def test_a_starts_kaiming_uniform_and_b_zero():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_adapter_works_in_float32_under_autocast_and_after_casts_of_the_model(dtype):
-    """Offset 1 and an adapter that adds 2^-12: no 16-bit float could tell them apart, and x = 4096, -4096 does."""
+    """Factors of 1 + 2^-7, which both 16-bit floats hold, and their product 1 + 2^-6 + 2^-14, which neither does."""
     base, _ = quant_layer(0, 1, 2, 1, 4)
-    base.scale.zero_(), base.offset.fill_(1)
-    layer = nn.Sequential(QALoRALinear(base, 1, 1))
-    layer[0].lora_A.data, layer[0].lora_B.data = torch.tensor([[2.0 ** -6, 0]]), torch.tensor([[2.0 ** -6]])
-    x = torch.tensor([[4096.0, -4096.0]])
+    base.scale.zero_(), base.offset.fill_(-1)
+    layer = QALoRALinear(base, 1, 1)
+    layer.lora_A.data, layer.lora_B.data = torch.tensor([[1 + 2.0 ** -7, 1]]), torch.tensor([[1 + 2.0 ** -7]])
+    offset, x = torch.tensor([[2.0 ** -6 + 2.0 ** -14, 2.0 ** -7]]), torch.tensor([[1.0, -2.0]])  # y = 2^-14
     with torch.autocast("cpu", dtype):
-        assert layer(x).item() == 1
-    assert layer(x.to(dtype)).item() == 1
-    assert layer.to(dtype)(x.to(dtype)).item() == 1
+        assert torch.equal(layer.effective_offset(), offset) and layer(x).item() == 2.0 ** -14
+    assert layer(x.to(dtype)).item() == 2.0 ** -14
+    layer.to(dtype)
+    assert torch.equal(layer.effective_offset(), offset) and layer(x.to(dtype)).item() == 2.0 ** -14
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

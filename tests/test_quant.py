@@ -397,11 +397,12 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
         first.sum().backward()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits, times", [(2, 1.5), (3, 1.5), (4, 1.33)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_low_precision_it_errs_little_more_than_a_dense_layer(dtype, bits):
-    """Outputs and input gradients: measured, 1.1 to 1.4 times a dense layer's error; uncentred codes make it 3 times.
-    The offset's gradient is computed from float32 sums and products, so it errs by some 2^-24."""
+def test_in_low_precision_it_errs_little_more_than_a_dense_layer(dtype, bits, times):
+    """Outputs and input gradients: measured, 1.1 to 1.4 times a dense layer's error, 1.26 at 4 bits in bfloat16;
+    uncentred codes would make it 3 times, scales rounded to bfloat16 1.4 times. The offset's gradient is computed from
+    float32 sums and products, so it errs by some 2^-24."""
     w, x, grad = normal(0, 256, 1024) * 0.02, normal(1, 64, 1024).to(dtype), normal(2, 64, 256).to(dtype)
     q = quantize_rtn(w, bits, 32)
     x_, offset = x.clone().requires_grad_(), q.offset.clone().requires_grad_()
@@ -410,8 +411,8 @@ def test_in_low_precision_it_errs_little_more_than_a_dense_layer(dtype, bits):
     error = lambda got, exact: ((got.double() - exact).norm() / exact.norm()).item()
     w, w_low = dense(q), dequantize(q).to(dtype)
     y_exact, x_grad_exact = x.double() @ w.t(), grad.double() @ w
-    assert error(y, y_exact) < 1.5 * error(F.linear(x, w_low), y_exact)
-    assert error(x_.grad, x_grad_exact) < 1.5 * error(grad @ w_low, x_grad_exact)
+    assert error(y, y_exact) < times * error(F.linear(x, w_low), y_exact)
+    assert error(x_.grad, x_grad_exact) < times * error(grad @ w_low, x_grad_exact)
     assert error(offset.grad, grad.double().t() @ pool(x.double(), 32)) < 1e-6
 
 
