@@ -502,8 +502,7 @@ def _check_the_rest(shards, known, tied):
                 continue
             if not (tied and name == "lm_head.weight"):
                 raise UserError(f"{stored.file}: tensor {name} is unexpected; LLaMA has no such weight")
-            head, embedding = stored.read(), tensors["model.embed_tokens.weight"].read()
-            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+            if not torch.equal(stored.read(), tensors["model.embed_tokens.weight"].read()):
                 raise UserError(f"{stored.file}: tensor {name} is not the embedding, though config.json ties the two")
 
 

@@ -282,6 +282,7 @@ def test_sampling_repeats_with_its_seed_and_a_vanishing_temperature_is_greedy():
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
     assert torch.equal(generate(model, tokens, 20, temperature=1e-37), generate(model, tokens, 20))
+    assert choose(torch.tensor([[400.0, 500.0]]), 1e-37, 1.0).item() == 1  # 500 / 1e-37 would be infinite
 
 
 # ------------------------------------------------------------------------------------ on disk
@@ -376,7 +377,8 @@ def test_metas_weights_give_the_logits_of_metas_interleaved_rotary_formula(tmp_p
     write_meta(folder, tensors, config, shards)
     tokens = random_tokens(config, 1, 7, seed)
     with torch.no_grad():
-        assert close(load_pretrained(folder, torch.float64)(tokens)[0], reference_logits(tensors, config, tokens[0].tolist(), True))
+        logits = load_pretrained(folder, torch.float64)(tokens)[0]
+    assert close(logits, reference_logits(tensors, config, tokens[0].tolist(), interleaved=True))
 
 
 @given(configs(), seeds, st.sampled_from(DTYPES))
@@ -392,6 +394,12 @@ def test_what_is_saved_is_what_loads(tmp_path_factory, config, seed, dtype):
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "tokenizer.model"]
     llama.save_pretrained(loaded, folder)  # over the very file its weights are mapped from
     assert torch.equal(load_pretrained(folder).model.norm.weight, model.model.norm.weight)
+
+
+def test_a_written_config_says_what_was_added_to_it_and_reads_back(tmp_path):
+    llama.write_config(SMALL, tmp_path / "new", extra={"quantization": {"bits": 3}})
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["quantization"] == {"bits": 3}
+    assert read_config(tmp_path / "new") == SMALL
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -556,7 +564,7 @@ def test_a_bad_tensor_is_one_error_that_names_file_and_tensor(tmp_path_factory, 
     with pytest.raises(UserError) as error:
         load_pretrained(folder)
     if what == "unexpected":
-        name = name.replace("weight", "bias")
+        name = name.replace("weight", "bias") + " is unexpected"
     assert f"{path.name}: tensor {name}" in str(error.value)
     assert "\n" not in str(error.value)
 
