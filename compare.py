@@ -2,7 +2,7 @@
 
     python compare.py                                the table, three seeds: about half an hour on 2 cores
     python compare.py --quick                        a smaller world, fewer steps, no ablations: 5 minutes
-    python compare.py --plot results/compare.json    draws results/compare.png (needs matplotlib)
+    python compare.py --plot results/compare.json    prints it again, draws results/compare.png (matplotlib)
 
 Every seed is a world, a tokenizer and a pretrained base of its own, kept in runs/ and shared by all methods. All
 methods see the same examples in the same order, for the same number of steps, with the same rank. What differs is
@@ -218,6 +218,22 @@ def table(rows):
     return "\n".join(lines)
 
 
+def differences(rows):
+    """Lines on what a change is worth: points of exact match, mean and spread of the differences seed by seed.
+
+    The seeds' bases differ more than the methods do, so only the difference on the same base tells.
+    """
+    exact = {(row["row"], row["seed"]): row["exact_match"] for row in rows}
+    names, lines = list(dict.fromkeys(row["row"] for row in rows)), []
+    for name in names:
+        for against in (name.partition(",")[0], name.replace("QA-LoRA", "QLoRA w/ GPTQ")):
+            if against != name and against in names and not name.startswith("GPTQ"):
+                gain = [100 * (exact[name, seed] - exact[against, seed]) for n, seed in exact if n == name]
+                spread = statistics.stdev(gain) if len(gain) > 1 else 0.0
+                lines.append(f"{name} against {against}: {statistics.mean(gain):+.1f} ± {spread:.1f}")
+    return "\n".join(lines)
+
+
 def run_all(pool, r, jobs, rates):
     """The rows of all jobs, in the order of the jobs; tells of each job when it is done."""
     futures, start = [pool.submit(run, r, job, rates) for job in jobs], time.monotonic()
@@ -257,12 +273,14 @@ def prepare_worker():
 
 
 def plot(path):
-    """Draws exact match against bits per weight, one line a method, beside the results' file."""
+    """Prints a results' file, and draws beside it exact match against bits per weight, one line a method."""
+    rows = json.loads(path.read_text())["rows"]
+    print(table(rows) + "\n\n" + differences(rows))
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from e
-    found = summary([row for row in json.loads(path.read_text())["rows"] if "," not in row["row"]])
+    found = summary([row for row in rows if "," not in row["row"]])
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
     for method in ("QA-LoRA", "QLoRA w/ GPTQ", "QLoRA", "LoRA"):
@@ -283,7 +301,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="5 minutes on 2 cores")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time (2)")
     parser.add_argument("--out", type=pathlib.Path, help="the results' file (runs/compare.json)")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="only draw a results' file")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="only print and draw a results' file")
     args = parser.parse_args()
     if args.plot:
         return plot(args.plot)
@@ -292,7 +310,7 @@ def main():
     out = args.out or pathlib.Path(f"runs/compare{'-quick' if args.quick else ''}.json")
     with written_whole(out) as beside:
         beside.write_text(json.dumps(results, indent=1) + "\n")
-    print("\n" + table(results["rows"]) + f"\n\nwritten to {out}")
+    print("\n" + table(results["rows"]) + "\n\n" + differences(results["rows"]) + f"\n\nwritten to {out}")
 
 
 if __name__ == "__main__":

@@ -159,6 +159,16 @@ def test_mean_and_spread_are_those_of_the_statistics_module(values):
         assert mean == pytest.approx(statistics.mean(values)) and spread == pytest.approx(statistics.stdev(values))
 
 
+def test_differences_are_taken_seed_by_seed():
+    match = {"QA-LoRA 2 bits": (0.5, 0.9), "QLoRA w/ GPTQ 2 bits": (0.4, 0.7),
+             "QA-LoRA 2 bits, attention only": (0.5, 0.5)}
+    rows = [dict(row=name, seed=seed, exact_match=value)
+            for name, values in match.items() for seed, value in enumerate(values)]
+    assert compare.differences(rows).splitlines() == [
+        "QA-LoRA 2 bits against QLoRA w/ GPTQ 2 bits: +15.0 ± 7.1",
+        "QA-LoRA 2 bits, attention only against QA-LoRA 2 bits: -20.0 ± 28.3"]
+
+
 def test_without_search_gptq_keeps_the_range_of_each_group(small, monkeypatch):
     seen, gptq = [], quant.quantize_gptq
     monkeypatch.setattr(quant, "quantize_gptq", lambda *a: seen.append(a[4]) or gptq(*a))
