@@ -8,6 +8,7 @@ In reading order: packing codes; choosing scales and codes (RTN, GPTQ); multiply
 quantizing a whole model block by block; the folder it is kept in.
 """
 
+import ctypes
 import functools
 import hashlib
 import json
@@ -544,18 +545,20 @@ def quantize_model(model, bits, group_size, calibration_tokens=None, weights=Non
         batches = calibration_tokens.to(embedding.device).split(max(1, CALIBRATION_BATCH // calibration_tokens.shape[1]))
         with torch.no_grad():
             hidden = [model.model.embed_tokens(tokens) for tokens in batches]
-    # Room for all results at once: between them a block's temporaries would leave holes, as large as they are together
-    room = quantized_skeleton(model.config, bits, group_size).model.layers.to_empty(device=embedding.device)
     label = f"quantizing to {bits} bits by {'RTN' if hidden is None else 'GPTQ'}"
     for i, block in enumerate(tqdm(model.model.layers, label, unit="block")):
         if weights is not None:
             fill(block, weights, f"model.layers.{i}.", embedding.dtype, embedding.device)
         quantize_block(block, f"model.layers.{i}.", bits, group_size, hidden, rotary if hidden else None, search)
-        for path, layer in room[i].named_modules():
-            if isinstance(layer, QuantLinear):
-                layer.load_state_dict(block.get_submodule(path).state_dict())
-                block.set_submodule(path, layer)
+        trim_heap()
     return model
+
+
+def trim_heap():
+    """Gives freed memory back to the system. glibc would keep it, as holes between the results: as much again as they are."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @torch.no_grad()
