@@ -24,7 +24,8 @@ from tqdm import tqdm
 from cli import UserError, written_whole
 from llama import LINEARS, Llama, fill, open_file, read_config, read_json, rotary_table, write_config
 
-ROWS_AT_A_TIME = 256  # so many unpacked rows stay in a core's cache; the dense matrix never exists as a whole
+DENSE_AT_A_TIME = 2 ** 22  # weights: a shared cache holds them, and a matmul of fewer spends its time arranging x
+ROWS_AT_A_TIME = 256  # are unpacked to these, in a core's own cache
 FEW_TOKENS = 16  # up to here a kernel that unpacks as it multiplies beats unpacking once and a dense matmul
 
 
@@ -322,9 +323,7 @@ class QuantMatmul(torch.autograd.Function):
             in_features = ctx.x_shape[-1]
             gx_NG = float32_product(gy_NO.to(wide), _centred(offset, scale, ctx.bits, wide), dtype)
             gx_NI = gx_NG.repeat_interleave(in_features // scale.shape[1], dim=1)
-            # Every piece of rows adds to all of gx: little work in float32, but else two passes, so few, large pieces
-            at_a_time = ROWS_AT_A_TIME if dtype == wide else 8 * ROWS_AT_A_TIME
-            for rows, w_RI in dense_rows(packed, scale, ctx.bits, in_features, dtype, triton_for(grad_y), at_a_time):
+            for rows, w_RI in dense_rows(packed, scale, ctx.bits, in_features, dtype, triton_for(grad_y)):
                 _add_product(gx_NI, gy_NO[:, rows], w_RI)
             grad_x = gx_NI.to(dtype).view(ctx.x_shape)
         return grad_x, None, None, grad_offset, None
@@ -354,14 +353,15 @@ def float32_product(a, b, dtype):
         setting.fp32_precision = before
 
 
-def dense_rows(packed, scale, bits, in_features, dtype, kernels=None, at_a_time=ROWS_AT_A_TIME):
+def dense_rows(packed, scale, bits, in_features, dtype, kernels=None):
     """Yields (rows, w) with w = scale * (codes - 2^(bits-1)) in `dtype`, [rows, I]; w is overwritten by the next one.
 
-    A few rows at a time on a CPU, so that they are multiplied while in its cache; all at once by a GPU's kernel.
+    Some rows at a time, so that they are multiplied while in the CPU's cache; all at once by a GPU's kernel.
     """
     if kernels:
         yield slice(None), kernels.dense(packed, scale, bits, in_features, dtype)
         return
+    at_a_time = max(1, DENSE_AT_A_TIME // in_features)
     w_RI = torch.empty(min(at_a_time, packed.shape[0]), in_features, dtype=dtype, device=packed.device)
     for start in range(0, packed.shape[0], at_a_time):
         rows = slice(start, start + at_a_time)
@@ -498,7 +498,7 @@ class Int4Linear(nn.Module):
         """Yields (rows, w [I, rows]) like `dense_rows`, but transposed, as the kernel's order is."""
         _, inputs, half = self.int4.shape
         start = 0
-        for int4 in self.int4.split(max(1, ROWS_AT_A_TIME // (2 * half))):  # [n, I, w/2]
+        for int4 in self.int4.split(max(1, DENSE_AT_A_TIME // (2 * half * inputs))):  # [n, I, w/2]
             codes = torch.stack((int4 & 15, int4 >> 4)).sub_(8).view(torch.int8)  # [2, n, I, w/2]
             w = codes.permute(2, 1, 0, 3).to(torch.float32, memory_format=torch.contiguous_format)  # [I, n, 2, w/2]
             rows = slice(start, start := start + w[0].numel())

@@ -388,6 +388,21 @@ def test_its_gradients_pass_finite_differences(bits, rows, groups, group_size, s
     assert torch.autograd.gradcheck(lambda offset: quant_matmul(x.detach(), packed, q.scale, offset, bits), (offset,))
 
 
+@pytest.mark.parametrize("dense_at_a_time, rows_at_a_time", [(1, 1), (64 * 3, 2), (64 * 7, 3), (64 * 200, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_does_not_matter_how_many_rows_are_unpacked_at_a_time(monkeypatch, dtype, dense_at_a_time, rows_at_a_time):
+    x, q = exact_case(0, 7, 2, 32, 4, (5,))
+    grad = integers(1, -1, 1, 5, 7).to(dtype)
+    results = []
+    for _ in range(2):
+        leaf = x.to(dtype).requires_grad_()
+        y = quant_matmul(leaf, pack(q.codes, 4), q.scale, q.offset, 4)
+        results.append([y, *torch.autograd.grad(y, leaf, grad)])
+        monkeypatch.setattr(quant, "DENSE_AT_A_TIME", dense_at_a_time)
+        monkeypatch.setattr(quant, "ROWS_AT_A_TIME", rows_at_a_time)
+    assert same(*results)
+
+
 def test_a_second_derivative_is_refused_rather_than_wrong():
     q = random_quantized(0, 2, 2, 4, 4)
     x = torch.ones(1, 8, requires_grad=True)
@@ -747,6 +762,14 @@ def test_a_prepared_layer_is_as_exact_as_bfloat16_and_offsets_more_so(tokens):
 def test_a_layer_that_the_int4_kernel_does_not_take_stays(bits, rows, group_size):
     layer, _ = int4_case(0, rows, 2, group_size, bits)
     assert quant.prepare_inference(nn.Sequential(layer))[0] is layer
+
+
+def test_a_prepared_layer_may_unpack_any_number_of_rows_at_a_time(monkeypatch):
+    layer, _ = int4_case(0, 3 * quant.int4_interleaving(), 2, 32)
+    layer, x = quant.prepare_inference(nn.Sequential(layer))[0], integers(0, -4, 4, 20, 64)
+    whole = layer(x)
+    monkeypatch.setattr(quant, "DENSE_AT_A_TIME", 2 * 64 * quant.int4_interleaving())  # two blocks, then one
+    assert torch.equal(layer(x), whole)
 
 
 def test_where_the_int4_order_is_unknown_nothing_is_prepared(monkeypatch):
