@@ -257,7 +257,7 @@ def compare(r, seeds, workers):
         for plan in (main_jobs, ablation_jobs) if r["ablations"] else (main_jobs,):
             jobs += [job for seed in seeds for plain in plan(r, seed) for job in rated(plain, rates)]
         rows = run_all(pool, r, jobs, rates)
-    rows.sort(key=order(rows))
+    rows.sort(key=order([row for row in rows if row["method"] == "base"] + validation + rows))
     return {"settings": r, "seeds": seeds, "rates": rates, "validation": validation, "rows": rows}
 
 
@@ -273,22 +273,26 @@ def prepare_worker():
 
 
 def plot(path):
-    """Prints a results' file, and draws beside it exact match against bits per weight, one line a method."""
+    """Prints a results' file, and draws exact match against bits per weight beside it, one line a method.
+
+    As points above LoRA on the same base; below 8 bits a weight are 2-bit models with larger groups.
+    """
     rows = json.loads(path.read_text())["rows"]
     print(table(rows) + "\n\n" + differences(rows))
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from e
-    found = summary([row for row in rows if "," not in row["row"]])
+    lora = {row["seed"]: row["exact_match"] for row in rows if row["row"] == "LoRA"}
+    drawn = [row | {"exact_match": 100 * (row["exact_match"] - lora[row["seed"]])} for row in rows
+             if "," not in row["row"] or "groups of" in row["row"]]
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
-    for method in ("QA-LoRA", "QLoRA w/ GPTQ", "QLoRA", "LoRA"):
-        points = sorted((s["bits_per_weight"][0], *s["exact_match"]) for name, s in found.items()
+    for method in ("LoRA", "QLoRA", "QLoRA w/ GPTQ", "QA-LoRA"):
+        points = sorted((s["bits_per_weight"][0], *s["exact_match"]) for name, s in summary(drawn).items()
                         if name == method or name.startswith(f"{method} ") and name[len(method) + 1].isdigit())
-        bits, mean, spread = zip(*points)
-        axes.errorbar(bits, [100 * m for m in mean], [100 * s for s in spread], marker="o", capsize=3, label=method)
-    axes.set(xscale="log", xlabel="bits per weight of the deployed model", ylabel="exact match (%)")
+        axes.errorbar(*zip(*points), marker="o", capsize=3, label=method)
+    axes.set(xscale="log", xlabel="bits per weight of the deployed model", ylabel="exact match, points above LoRA")
     axes.set_xticks(ticks := [2, 3, 4, 6, 8, 12, 16, 32], map(str, ticks))
     axes.minorticks_off()
     axes.legend()
