@@ -60,7 +60,7 @@ def run_command(main):
 
 
 def flush_stdout():
-    """Flushes what was printed while a failure can still be reported; Python's own flush at exit could only complain."""
+    """Flushes what was printed while a failure can still be reported; Python's own flush at exit only complains."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -254,8 +254,8 @@ def fit_range(w_gO, factor_gg, codes_gO, scale, offset):
 def damped_factor(hessian_II, damping):
     """Upper triangular R [I, I] (float32) with R Rᵀ = H + damping * mean(diagonal) * identity.
 
-    Where that matrix is not positive definite the damping is raised tenfold until it is. For a semidefinite H no squared
-    diagonal entry of R lies below `damping`; a far smaller one would be rounding, and blow up all that it divides.
+    Where that matrix is not positive definite the damping is raised tenfold until it is. For a semidefinite H no
+    squared diagonal entry of R lies below `damping`; a far smaller one would be rounding, and blow up all it divides.
     """
     assert hessian_II.isfinite().all(), "the Hessian has NaN or infinite entries"
     inputs, mean = len(hessian_II), hessian_II.diagonal().double().mean().item()
@@ -303,9 +303,9 @@ class QuantMatmul(torch.autograd.Function):
         if fused:
             y_NO = kernels.multiply(x_NI, packed, scale, offset, bits)
         else:
-            y_NO = float32_product(pooled_NG, _centred(offset, scale, bits, wide).t(), x.dtype)
+            y_NO = float32_product(pooled_NG, centred(offset, scale, bits, wide).t(), x.dtype)
             for rows, w_RI in dense_rows(packed, scale, bits, in_features, x.dtype, kernels):
-                _add_product(y_NO[:, rows], x_NI, w_RI.t())
+                add_product(y_NO[:, rows], x_NI, w_RI.t())
         ctx.save_for_backward(packed, scale, offset, pooled_NG if ctx.needs_input_grad[3] else None)
         ctx.bits, ctx.x_shape = bits, x.shape
         return y_NO.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
@@ -321,10 +321,10 @@ class QuantMatmul(torch.autograd.Function):
             grad_offset = float32_product(gy_NO.to(wide).t(), pooled_NG, dtype).to(offset.dtype)
         if ctx.needs_input_grad[0]:
             in_features = ctx.x_shape[-1]
-            gx_NG = float32_product(gy_NO.to(wide), _centred(offset, scale, ctx.bits, wide), dtype)
+            gx_NG = float32_product(gy_NO.to(wide), centred(offset, scale, ctx.bits, wide), dtype)
             gx_NI = gx_NG.repeat_interleave(in_features // scale.shape[1], dim=1)
             for rows, w_RI in dense_rows(packed, scale, ctx.bits, in_features, dtype, triton_for(grad_y)):
-                _add_product(gx_NI, gy_NO[:, rows], w_RI)
+                add_product(gx_NI, gy_NO[:, rows], w_RI)
             grad_x = gx_NI.to(dtype).view(ctx.x_shape)
         return grad_x, None, None, grad_offset, None
 
@@ -334,7 +334,7 @@ def pool(x_NI, groups, dtype):
     return x_NI.unflatten(1, (groups, -1)).sum(dim=-1, dtype=dtype)
 
 
-def _centred(offset, scale, bits, dtype):  # [O, G]: what the pooled input is multiplied with
+def centred(offset, scale, bits, dtype):  # [O, G]: what the pooled input is multiplied with
     return offset.to(dtype) + 2 ** (bits - 1) * scale.to(dtype)
 
 
@@ -380,7 +380,7 @@ def _unpack_scaled(w_RI, packed, scale, bits):  # w = scale * (codes - c); 16-bi
         w_RI.copy_(exact)
 
 
-def _add_product(total, a, b):  # total += a @ b, where total may be wider than a and b
+def add_product(total, a, b):  # total += a @ b, where total may be wider than a and b
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -444,82 +444,6 @@ class QuantLinear(nn.Module):
         for name, buffer in self._buffers.items():
             self._buffers[name] = fn(buffer.view(torch.uint8)).view(buffer.dtype)
         return self
-
-
-# ---- generating text on a CPU
-
-def prepare_inference(model):
-    """Repacks a model's 4-bit layers for PyTorch's int4 kernel, in place; returns the model, to be used only, not saved.
-
-    The kernel is for CPUs and groups of 32, 64, 128 or 256; a layer it does not take stays as it is.
-    """
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, QuantLinear) and Int4Linear.takes(layer):
-            model.set_submodule(name, Int4Linear(layer))
-    return model
-
-
-class Int4Linear(nn.Module):
-    """A 4-bit QuantLinear, its codes repacked for PyTorch's int4 kernel, which takes a tenth of a dense layer's time.
-
-    The kernel reads 16-bit floats, so a result is about as exact as bfloat16 (relative error 0.003), never the same bits
-    as a QuantLinear's. The offsets stay float32: the kernel is given none, and their pooled term is added here.
-    Buffers: int4 [O / w, I, w/2] uint8, whose byte j holds the codes of rows j and j + w/2 of w neighbouring ones;
-    scale_zero [G, O, 2] bfloat16; centred [G, O] float32, offset + 8 * scale.
-    """
-
-    def __init__(self, layer):
-        super().__init__()
-        self.group_size, half = layer.group_size, int4_interleaving() // 2
-        codes = unpack(layer.packed, 4, layer.in_features)
-        repacked = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-        self.register_buffer("int4", repacked.view(-1, layer.in_features, half))
-        scale_GO = layer.scale.t().bfloat16()
-        self.register_buffer("scale_zero", torch.stack((scale_GO, torch.zeros_like(scale_GO)), dim=-1))
-        self.register_buffer("centred", _centred(layer.offset, layer.scale, 4, torch.float32).t().contiguous())
-
-    @staticmethod
-    def takes(layer):
-        fits = layer.bits == 4 and layer.group_size in (32, 64, 128, 256) and layer.packed.device.type == "cpu"
-        return fits and int4_interleaving() and layer.out_features % int4_interleaving() == 0
-
-    def forward(self, x):  # [..., I] -> [..., O]
-        x_NI = x.reshape(-1, x.shape[-1])
-        y_NO = pool(x_NI, len(self.centred), torch.float32) @ self.centred
-        if len(x_NI) <= FEW_TOKENS:
-            int4_OI = self.int4.view(self.centred.shape[1], -1)
-            y_NO += torch._weight_int4pack_mm_for_cpu(x_NI.bfloat16(), int4_OI, self.group_size, self.scale_zero)
-        else:
-            for rows, w_IR in self.dense_columns(x.dtype):
-                _add_product(y_NO[:, rows], x_NI, w_IR)
-        return y_NO.to(x.dtype).view(*x.shape[:-1], -1)
-
-    def dense_columns(self, dtype):
-        """Yields (rows, w [I, rows]) like `dense_rows`, but transposed, as the kernel's order is."""
-        _, inputs, half = self.int4.shape
-        start = 0
-        for int4 in self.int4.split(max(1, DENSE_AT_A_TIME // (2 * half * inputs))):  # [n, I, w/2]
-            codes = torch.stack((int4 & 15, int4 >> 4)).sub_(8).view(torch.int8)  # [2, n, I, w/2]
-            w = codes.permute(2, 1, 0, 3).to(torch.float32, memory_format=torch.contiguous_format)  # [I, n, 2, w/2]
-            rows = slice(start, start := start + w[0].numel())
-            scale_GO = self.scale_zero[:, rows, 0].float()
-            w_IR = w.view(len(scale_GO), -1, w[0].numel()).mul_(scale_GO.unsqueeze(1)).view(inputs, -1)  # over [G, g, R]
-            yield rows, w_IR.to(dtype)
-
-
-@functools.cache
-def int4_interleaving():
-    """How many rows PyTorch's int4 format interleaves here: 64 with AVX-512, 32 with AVX2. None where it is another.
-
-    PyTorch does not document it, so it is found by trying.
-    """
-    codes = torch.randint(16, (64, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    repacked = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-    for rows in (64, 32):
-        blocks = repacked.view(-1, 32, rows // 2)  # [64 / rows, inputs, rows / 2]
-        if torch.equal(torch.cat((blocks & 15, blocks >> 4), dim=-1).transpose(1, 2).reshape(64, 32), codes):
-            return rows
-    return None
 
 
 # ---- a whole model

@@ -429,8 +429,8 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_low_precision_it_errs_little_more_than_a_dense_layer(dtype, bits, times):
     """Outputs and input gradients: measured, 1.1 to 1.4 times a dense layer's error, 1.26 at 4 bits in bfloat16;
-    uncentred codes would make it 3 times, scales rounded to bfloat16 1.4 times. The offset's gradient is computed from
-    float32 sums and products, so it errs by some 2^-24."""
+    uncentred codes would make it 3 times, scales rounded to bfloat16 1.4 times. The offset's gradient is computed
+    from float32 sums and products, so it errs by some 2^-24."""
     w, x, grad = normal(0, 256, 1024) * 0.02, normal(1, 64, 1024).to(dtype), normal(2, 64, 256).to(dtype)
     q = quantize_rtn(w, bits, 32)
     x_, offset = x.clone().requires_grad_(), q.offset.clone().requires_grad_()
