@@ -4,8 +4,8 @@
     python bench.py --json bench.json --plot growth.png        everything
     python -m pytest tests/test_bench.py
 
-Contenders take turns (A B A B ...), so that a busy machine slows all of them; a table shows the median time, and the
-median, least and largest ratio to the first line over the turns. Weights are random: time does not depend on them.
+Contenders take turns (A B A B ...), so that a busy machine slows all of them; a table shows the median time, and over
+the turns the median, least and largest ratio to the first line. Weights are random: time does not depend on them.
 The floors beside are what the machine's own matmul rate and copy bandwidth, measured first, allow. Peers (bitsandbytes
 and peft, llama-cpp-python) take part where they are installed. What was measured is written up in BENCHMARKS.md.
 """
@@ -29,10 +29,11 @@ import torch
 from cli import Parser, run_command, written_whole
 from data import make_world, train_tokenizer
 from export import write_gguf
+from int4 import prepare_inference
 from llama import CONFIGS, LINEARS, Cache, Llama, compute_dtype, rotary_table
 from nf4 import NF4Linear
 from qalora import add_adapters
-from quant import dequantize, min_max_range, nearest_codes, prepare_inference, quantize_gptq, quantize_model
+from quant import dequantize, min_max_range, nearest_codes, quantize_gptq, quantize_model
 
 RANK, ALPHA, BITS, GROUP_SIZE = 64, 16, 4, 32
 WIDE = dataclasses.replace(CONFIGS["7b"], num_hidden_layers=2, vocab_size=512)  # blocks of LLaMA-7B, almost no head
@@ -69,8 +70,9 @@ def compare(what, contenders, turns, device, parts=1, floor=None):
             print(f"  {name:44} left out: not installed")
             continue
         ratios = [a / b for a, b in zip(seconds[name], first)]
-        row = {"what": what, "name": name, "milliseconds": 1e3 * statistics.median(seconds[name]) / parts, "floor":
-               floor and 1e3 * floor, "ratio": statistics.median(ratios), "from": min(ratios), "to": max(ratios)}
+        row = {"what": what, "name": name, "milliseconds": 1e3 * statistics.median(seconds[name]) / parts,
+               "floor": floor and 1e3 * floor,
+               "ratio": statistics.median(ratios), "from": min(ratios), "to": max(ratios)}
         print("  {name:44} {milliseconds:9.4g} ms   {ratio:5.2f} x ({from:.2f} to {to:.2f})".format(**row), flush=True)
         rows.append(row)
     return rows
@@ -105,7 +107,8 @@ def peak_memory(run, device):
         return torch.cuda.max_memory_allocated() - before
     if platform.system() != "Linux":
         return None
-    status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+    lines = lambda: pathlib.Path("/proc/self/status").read_text().splitlines()
+    status = lambda key: next(int(line.split()[1]) for line in lines() if line.startswith(key)) * 1024
     ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it counts when used again
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
@@ -159,7 +162,8 @@ def bitsandbytes_and_peft(model, device):
     for path, layer in list(blocks.named_modules()):
         if path.rpartition(".")[2] in LINEARS:
             blocks.set_submodule(path, nf4(layer))
-    return peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS)), blocks)
+    settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS))
+    return peft.inject_adapter_in_model(settings, blocks)
 
 
 def one_token(model, dtype, device):
@@ -219,7 +223,8 @@ def gptq_by_columns(w_OI, hessian_II, bits, group_size, block=128, damping=0.01)
 def gptq(size, turns):
     """GPTQ of a size x size layer against the reference; the rows also hold the relative output error."""
     w = torch.randn(size, size) * 0.02
-    x = torch.randn(4 * size, size // 8) @ torch.randn(size // 8, size) / (size // 8) ** 0.5 + 0.3 * torch.randn(4 * size, size)
+    x = torch.randn(4 * size, size // 8) @ torch.randn(size // 8, size) / (size // 8) ** 0.5
+    x += 0.3 * torch.randn(4 * size, size)
     hessian = x.t() @ x / len(x)
     contenders = {"reference, column by column": lambda: gptq_by_columns(w, hessian, BITS, GROUP_SIZE)}
     for search in (False, True):
@@ -227,7 +232,8 @@ def gptq(size, turns):
             quantize_gptq(w, hessian, BITS, GROUP_SIZE, search=search))
     results = {}  # the last of each
     keep = lambda name, run: lambda: results.update({name: run()})
-    rows = compare(f"GPTQ of a {size} x {size} layer", {n: keep(n, run) for n, run in contenders.items()}, turns, "cpu")
+    contenders = {name: keep(name, run) for name, run in contenders.items()}
+    rows = compare(f"GPTQ of a {size} x {size} layer", contenders, turns, "cpu")
     for row in rows:
         d = w - results[row["name"]]
         row["error"] = (((d @ hessian) * d).sum() / ((w @ hessian) * w).sum()).item()
@@ -246,8 +252,9 @@ def growth(turns, dtype, device):
     for name in values:
         for value in values[name]:
             now = {**usual, name: value}
-            steps = {kind: training_step(adapted(model, now["layers"], now["rank"]), NARROW, now["tokens"], dtype, device)
-                     for kind, model in (("dense, LoRA", dense), ("packed, QA-LoRA", model_of(now["group size"])))}
+            models = {"dense, LoRA": dense, "packed, QA-LoRA": model_of(now["group size"])}
+            blocks = {kind: adapted(model, now["layers"], now["rank"]) for kind, model in models.items()}
+            steps = {kind: training_step(b, NARROW, now["tokens"], dtype, device) for kind, b in blocks.items()}
             for row in compare(f"step on width 1024, {name} {value}", steps, turns, device):
                 rows.append({**row, "axis": name, "value": value})
     return rows
@@ -274,7 +281,8 @@ def inference(dense, quantized, facts, turns, dtype, device):
     layers, weights = len(dense.model.layers), sum(p.numel() for p in dense.model.layers[0].parameters())
     held = sum(b.nbytes for b in ready.model.layers[0].buffers())
     rows = compare("decoding one token, per block", {
-        f"dense {dtype}": one_token(dense, dtype, device), "dense torch.bfloat16": one_token(low, torch.bfloat16, device),
+        f"dense {dtype}": one_token(dense, dtype, device),
+        "dense torch.bfloat16": one_token(low, torch.bfloat16, device),
         f"ours, 4 bits, {8 * held / weights:.2f} bits held a weight": one_token(ready, dtype, device),
         "llama.cpp, Q4_1": llama_cpp_token(quantized) if device == "cpu" else None,
     }, 10 * turns, device, parts=layers, floor=2 * held / facts["copy"])
