@@ -25,7 +25,8 @@ def dense(packed, scale, bits, in_features, dtype):
     w_OI = torch.empty(rows, in_features, dtype=dtype, device=packed.device)
     with torch.cuda.device_of(packed):
         _dense_kernel[triton.cdiv(rows, 8), triton.cdiv(plane, 128)](
-            packed, scale, w_OI, rows, in_features, plane, width, in_features // scale.shape[1], bits, PLANES[bits], 8, 128)
+            packed, scale, w_OI, rows, in_features, plane, width, in_features // scale.shape[1],
+            bits, PLANES[bits], 8, 128)
     return w_OI
 
 
@@ -61,8 +62,8 @@ def _codes(row, j, k: tl.constexpr, plane, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def _dense_kernel(packed, scale, out, rows, inputs, plane, width, group_size, BITS: tl.constexpr, PLANES: tl.constexpr,
-                  ROWS: tl.constexpr, BYTES: tl.constexpr):
+def _dense_kernel(packed, scale, out, rows, inputs, plane, width, group_size,
+                  BITS: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
     o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.program_id(1) * BYTES + tl.arange(0, BYTES)[None, :]
     for k in tl.static_range(PLANES):
@@ -75,8 +76,9 @@ def _dense_kernel(packed, scale, out, rows, inputs, plane, width, group_size, BI
 
 
 @triton.jit
-def _multiply_kernel(x, packed, scale, offset, y, rows, inputs, plane, width, groups, plane_groups, BITS: tl.constexpr,
-                     PLANES: tl.constexpr, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+def _multiply_kernel(x, packed, scale, offset, y, rows, inputs, plane, width, groups, plane_groups,
+                     BITS: tl.constexpr, PLANES: tl.constexpr, GROUP_SIZE: tl.constexpr,
+                     ROWS: tl.constexpr, GROUPS: tl.constexpr):
     o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]  # [ROWS, 1, 1]
     token = tl.program_id(1)
     lane = tl.arange(0, GROUP_SIZE)[None, None, :]

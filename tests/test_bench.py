@@ -1,4 +1,4 @@
-"""bench.py: its arithmetic, its reference algorithm, and that all of it runs, on models so small that no time tells."""
+"""bench.py: its arithmetic, its reference algorithm, and that all of it runs, on models too small for times to tell."""
 
 import dataclasses
 import functools
@@ -33,7 +33,8 @@ def test_ratios_are_of_the_same_turn_and_who_is_missing_is_told(monkeypatch, cap
     monkeypatch.setattr(bench, "take_turns", lambda *_: {"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 12.0]})
     rows = bench.compare("racing", {"a": print, "b": print, "c": None}, 3, "cpu", parts=2)
     assert [row["name"] for row in rows] == ["a", "b"]
-    assert rows[1] == {"what": "racing", "name": "b", "milliseconds": 1000, "floor": None, "ratio": 2, "from": 1, "to": 3}
+    assert rows[1] == {"what": "racing", "name": "b", "milliseconds": 1000, "floor": None,
+                       "ratio": 2, "from": 1, "to": 3}
     assert "c  " in capsys.readouterr().out.split("left out: not installed")[0].splitlines()[-1]
 
 
@@ -50,8 +51,9 @@ def test_the_reference_gptq_and_ours_are_the_same_algorithm(bits, group_size):
 
 def test_peak_memory_is_that_of_what_is_held_at_once():
     small, large = 2 ** 24, 2 ** 27
-    peak = bench.peak_memory(lambda: (torch.ones(large, dtype=torch.uint8), torch.ones(small, dtype=torch.uint8)), "cpu")
-    again = bench.peak_memory(lambda: torch.ones(small, dtype=torch.uint8), "cpu")
+    ones = lambda size: torch.ones(size, dtype=torch.uint8)
+    peak = bench.peak_memory(lambda: (ones(large), ones(small)), "cpu")
+    again = bench.peak_memory(lambda: ones(small), "cpu")
     assert large + small <= peak + 2 ** 22 and peak < 1.5 * large
     assert small / 2 < again < 2 * small
 
@@ -62,10 +64,12 @@ def test_everything_is_measured_and_written(monkeypatch, tmp_path, capsys):
     config = dataclasses.replace(CONFIGS["7b"], **small)
     monkeypatch.setattr(bench, "WIDE", config)
     monkeypatch.setattr(bench, "NARROW", config)
-    monkeypatch.setattr(bench, "machine", lambda device: {"matmul": {"torch.float32": 1e9, "torch.bfloat16": 1e9}, "copy": 1e9})
+    facts = {"matmul": {"torch.float32": 1e9, "torch.bfloat16": 1e9}, "copy": 1e9}
+    monkeypatch.setattr(bench, "machine", lambda device: facts)
     monkeypatch.setattr(bench, "gptq", functools.partial(lambda gptq, size, turns: gptq(64, turns), bench.gptq))
     plot = ["--plot", str(tmp_path / "b.png")] if importlib.util.find_spec("matplotlib") else []
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick", "--device", "cpu", "--json", str(tmp_path / "b.json"), *plot])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--quick", "--device", "cpu", *plot,
+                                      "--json", str(tmp_path / "b.json")])
     bench.main()
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     names = {}

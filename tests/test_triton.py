@@ -60,7 +60,8 @@ def test_dense_equals_the_plain_path():
         assert rounded_once(triton_kernels.dense(packed, q.scale, 4, 96, dtype), plain.double())
 
 
-@given(st.sampled_from(DTYPES), BITS, st.integers(1, 3), st.integers(1, 7), st.integers(1, 5), st.integers(2, 6), SEEDS)
+@given(st.sampled_from(DTYPES), BITS, st.integers(1, 3), st.integers(1, 7), st.integers(1, 5), st.integers(2, 6),
+       SEEDS)
 @example(torch.float32, 4, 1, 3, 9, 8, 0)  # more groups than a program takes at once
 def test_multiply_is_dequantize_then_matmul(dtype, bits, tokens, rows, plane_groups, exponent, seed):
     planes, group_size = triton_kernels.PLANES[bits], 2 ** exponent
