@@ -1,0 +1,653 @@
+"""What train.py promises: runs that survive being killed, stopped and shared, and mistakes that cost nothing.
+
+The command line runs as a user runs it in the tests of the whole way; elsewhere as a forked copy of this process,
+which is the same but for three seconds of importing, and can be told to fail at a chosen moment.
+
+    python -m pytest tests/test_train.py
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+import data
+import llama
+import merge
+import qalora
+import quant
+import torch._dynamo  # PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
+import train
+from cli import UserError, run_command
+
+ROOT = pathlib.Path(train.__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+CONFIG = llama.LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)
+NOUNS = "town river house garden baker miner singer cook horse apple bread stone window letter winter summer".split()
+RECORDS = [{"instruction": f"Say how many letters {word} has, {times} times.", "output": f"{len(word)} " * times}
+           for word in NOUNS for times in (1, 2, 3)]
+
+
+def save_random(folder, seed=0, config=CONFIG):
+    """A folder with a random model in bfloat16; the tokenizer is the caller's."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = llama.Llama(config)
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.2)
+    llama.save_pretrained(model.to(torch.bfloat16), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with weights/, other-weights/, records.json and fewer.json."""
+    folder = tmp_path_factory.mktemp("world")
+    for seed, name in enumerate(("weights", "other-weights")):
+        save_random(folder / name, seed)
+    prompts = [data.alpaca_prompt(r["instruction"]) + r["output"] for r in RECORDS]
+    data.train_tokenizer(prompts + [" ".join(NOUNS) * 20, ENGLISH], folder / "weights" / "tokenizer.model", 512)
+    shutil.copy(folder / "weights" / "tokenizer.model", folder / "other-weights")
+    (folder / "records.json").write_text(json.dumps(RECORDS))
+    (folder / "fewer.json").write_text(json.dumps(RECORDS[:30]))
+    return folder
+
+
+ENGLISH = pathlib.Path(data.__file__).read_text()  # any long text: a tokenizer of 512 pieces needs that many pairs
+
+
+def options(world, out, **changed):
+    """The words of a small command line."""
+    words = dict(weights=world / "weights", data=world / "records.json", out=out, quantizer="rtn", steps=6,
+                 batch_size=4, micro_batch_size=2, max_length=96, rank=4, lr=1e-3, save_every=2) | changed
+    given = {f"--{name.replace('_', '-')}": value for name, value in words.items() if value is not None}
+    return [str(word) for pair in given.items() for word in pair]
+
+
+def command(script, *words, status=0, **more):
+    """Runs a script of this project as a user does; returns what it printed on (stdout, stderr)."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, words)], env=ENVIRONMENT, capture_output=True,
+                          text=True, timeout=300, **more)
+    assert done.returncode == status, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    return done.stdout, done.stderr
+
+
+def fork(log, words, rank=0, processes=1, port=0, before=None):
+    """Starts `python train.py WORDS` as a forked copy of this process; returns its id. Output goes to `log`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        sys.stdout = sys.stderr = open(log, "w", buffering=1)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        train.RANK, train.WORLD = rank, processes
+        sys.argv = ["train.py", *words]
+        if before:
+            before()
+        run_command(train.main)
+        status = 0
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        status = e.code if isinstance(e.code, int) else 1
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(pid, seconds=300):
+    """The exit status of a forked run, negative for the signal that killed it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"process {pid} still runs after {seconds} s")
+
+
+def run(log, words, status=0, **more):
+    """A whole forked run; returns what it printed."""
+    found, text = wait(fork(log, words, **more)), pathlib.Path(log).read_text()
+    assert found == status and "Traceback" not in text, (found, text[-3000:])
+    assert status != 2 or f"\n{text}".count("\nerror: ") == 1, text
+    return text
+
+
+def wait_for(condition, pid):
+    """Waits until `condition()` is true while the process lives."""
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end and os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended, or never came so far"
+        time.sleep(0.0005)
+
+
+def metrics(out, *names):
+    """The named values of every line of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line.get(name) for name in names or ("step", "loss", "grad_norm")) for line in lines]
+
+
+def close(found, expected):
+    """Asserts that two lists of metrics are equal but for the rounding of float32 sums."""
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def adapter(out):
+    return (out / "adapter" / "adapter.safetensors").read_bytes()
+
+
+def refusal(monkeypatch, *words):
+    """The message that a command line is refused with."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    with pytest.raises(UserError) as e:
+        train.main()
+    return str(e.value)
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    """An uninterrupted run."""
+    run(world / "log", options(world, world / "whole"))
+    return world / "whole"
+
+
+# ---- the whole way on a real LLaMA, by the command line alone
+
+def test_a_real_llama_from_float_to_merged_int4_killed_on_the_way(material, tmp_path):
+    weights, seeds = material("stories260K"), material("self-instruct-seeds.json")
+    texts = [text for r in json.loads(seeds.read_text()) for text in (r["instruction"], r["output"])]
+    data.train_tokenizer(texts, tmp_path / "tokenizer.model", 512)
+    common = ["--weights", weights, "--tokenizer", tmp_path / "tokenizer.model", "--data", seeds, "--steps", 6,
+              "--rank", 4, "--batch-size", 4, "--micro-batch-size", 2, "--max-length", 128, "--lr", 1e-3,
+              "--save-every", 2, "--calibration-tokens", 2048, "--out"]
+
+    _, message = command("train.py", *common, tmp_path / "refused", status=2)
+    assert message.count("\n") == 1 and message.startswith("error: model.layers.0.mlp.down_proj: group size 32") \
+        and "172" in message and not (tmp_path / "refused").exists(), message
+
+    printed, _ = command("train.py", *common, tmp_path / "whole", "--group-size", 4)
+    assert "175 records in Alpaca form" in printed and "bit identical: True" in printed, printed
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["validation_loss_adapted"] < results["validation_loss_base"]
+
+    out = tmp_path / "killed"
+    killed = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, common), out, "--group-size", "4"],
+                              env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: list(out.glob(".step-4.*.unfinished")) or (out / "step-6").exists(), killed.pid)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL and not (out / "adapter").exists()
+    printed, _ = command("train.py", "--resume", "--out", out)
+    assert f"{out}/base is already made" in printed
+    assert adapter(out) == adapter(tmp_path / "whole") and metrics(out) == metrics(tmp_path / "whole")
+    assert not list(out.glob(".*"))
+
+    merged = tmp_path / "merged"
+    command("merge.py", out, "--out", merged)
+    (tmp_path / "text.txt").write_text("Once upon a time there was a little girl. She loved to play outside.")
+    (tmp_path / "choices.jsonl").write_text("\n".join(material("hellaswag-500.jsonl").read_text().split("\n")[:4]))
+    judged = [command("evals.py", folder, "--perplexity", tmp_path / "text.txt", "--multiple-choice",
+                      tmp_path / "choices.jsonl")[0] for folder in (merged, out)]
+    assert judged[0] == judged[1] and "perplexity" in judged[0] and "4 questions" in judged[0]
+    text, _ = command("sample.py", merged, "--instruction", "Name a colour.", "--max-new-tokens", 8)
+    assert text.strip()
+
+
+def test_a_merged_model_can_be_fine_tuned_again(world, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["merge.py", str(whole), "--out", str(tmp_path / "merged")])
+    merge.main()
+    again = options(world, tmp_path / "again", weights=tmp_path / "merged", steps=2)
+    printed = run(tmp_path / "log", again)
+    assert "bit identical: True" in printed
+    first, second = (merge.load_model(folder) for folder in (tmp_path / "merged", tmp_path / "again" / "base"))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+    assert "is quantized already, to 4 bits in groups of 32" in refusal(monkeypatch, *again, "--bits", 3)
+
+
+def test_an_adapter_is_not_merged_into_another_base(world, whole, tmp_path, monkeypatch):
+    run(tmp_path / "log", options(world, tmp_path / "other", weights=world / "other-weights", steps=2))
+    shutil.copytree(whole, tmp_path / "mixed")
+    shutil.rmtree(tmp_path / "mixed" / "base")
+    shutil.copytree(tmp_path / "other" / "base", tmp_path / "mixed" / "base")
+    _, message = command("merge.py", tmp_path / "mixed", "--out", tmp_path / "merged", status=2)
+    assert "was trained over the base" in message and not (tmp_path / "merged").exists()
+
+
+# ---- killed, stopped, resumed
+
+@settings(max_examples=8)
+@given(st.floats(0, 1))
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(world, whole, moment):
+    out = world / "killed"
+    shutil.rmtree(out, ignore_errors=True)
+    words = options(world, out, save_every=1)
+    start = time.monotonic()
+    pid = fork(world / "log", words)
+    while time.monotonic() < start + moment * test_a_run_killed_at_any_moment_resumes_to_the_same_bits.duration:
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    run(world / "log", ["--resume", "--out", str(out)] if (out / "run.json").exists() else words)
+    assert adapter(out) == adapter(whole) and metrics(out) == metrics(whole)
+    assert not list(out.glob(".*")), "a killed process's leftovers"
+
+
+test_a_run_killed_at_any_moment_resumes_to_the_same_bits.duration = 0.8  # seconds, about what a forked run takes
+
+
+@pytest.mark.parametrize("moment", ["before it is saved", "while it is saved", "after it is saved",
+                                    "while the older goes"])
+def test_a_run_killed_around_a_checkpoint_resumes_to_the_same_bits(world, whole, tmp_path, monkeypatch, moment):
+    die, save = lambda *_: os.kill(os.getpid(), signal.SIGKILL), train.save_checkpoint
+
+    def saved(out, step, *rest):
+        if step == 4 and moment == "before it is saved":
+            die()
+        if step == 4 and moment == "while it is saved":
+            monkeypatch.setattr(torch, "save", die)
+        if step == 4 and moment == "while the older goes":
+            monkeypatch.setattr(shutil, "rmtree", lambda folder: ((folder / "optimizer.pt").unlink(), die()))
+        save(out, step, *rest)
+        if step == 4:
+            die()
+
+    monkeypatch.setattr(train, "save_checkpoint", saved)
+    run(tmp_path / "log", options(world, tmp_path / "run"), status=-signal.SIGKILL)
+    monkeypatch.undo()
+    expected = {"before it is saved": "step-2", "while it is saved": "step-2"}.get(moment, "step-4")
+    assert train.newest_checkpoint(tmp_path / "run").name == expected
+    run(tmp_path / "log", ["--resume", "--out", str(tmp_path / "run")])
+    assert adapter(tmp_path / "run") == adapter(whole) and metrics(tmp_path / "run") == metrics(whole)
+    assert [f.name for f in (tmp_path / "run").glob("*step-*")] == ["step-6"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(world, tmp_path, number):
+    out, log = tmp_path / "run", tmp_path / "log"
+    pid = fork(log, options(world, out, steps=100_000, save_every=100_000))
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 2, pid)
+    os.kill(pid, number)
+    assert wait(pid) == 1
+    steps = len(metrics(out))
+    assert train.newest_checkpoint(out).name == f"step-{steps}"
+    last = log.read_text().splitlines()[-1]
+    assert last == f"stopped after step {steps}; go on with: python train.py --resume --out {out}"
+    run(log, ["--resume", "--out", str(out), "--steps", str(steps + 2)])
+    run(log, options(world, tmp_path / "whole", steps=steps + 2))
+    assert adapter(out) == adapter(tmp_path / "whole") and metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_a_signal_that_comes_while_a_checkpoint_is_saved_stops_after_the_next_step(world, tmp_path, monkeypatch):
+    save = train.save_checkpoint
+
+    def saved(out, step, *rest):
+        save(out, step, *rest)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "save_checkpoint", saved)
+    assert "stopped after step 3" in run(tmp_path / "log", options(world, tmp_path / "run"), status=1)
+    assert train.newest_checkpoint(tmp_path / "run").name == "step-3"
+
+
+def test_a_second_signal_kills_at_once(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "save_checkpoint", lambda *_: time.sleep(60))
+    pid = fork(tmp_path / "log", options(world, tmp_path / "run"))
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 1, pid)
+    for _ in range(2):
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.3)
+    assert wait(pid, 10) == -signal.SIGTERM
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_checkpoint_before_it(world, whole, tmp_path, monkeypatch):
+    out, save = tmp_path / "run", train.save_checkpoint
+
+    def saved(out, step, *rest):
+        if step == 4:  # the adapter still fits, the optimizer's state does not
+            size = (out / "step-2" / "adapter.safetensors").stat().st_size + 1000
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        save(out, step, *rest)
+
+    monkeypatch.setattr(train, "save_checkpoint", saved)
+    text = run(tmp_path / "log", options(world, out), status=2)
+    assert f"{out}/step-4 could not be written" in text and "the disk is full" in text and "--resume" in text
+    monkeypatch.undo()
+    assert train.newest_checkpoint(out).name == "step-2" and not list(out.glob(".*"))
+    run(tmp_path / "log", ["--resume", "--out", str(out)])
+    assert adapter(out) == adapter(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(world, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    explode = options(world, out, lr=1e30, save_every=1)
+    text = run(tmp_path / "log", explode, status=2)
+    assert "step 1: the validation loss is nan" in text and "--lr" in text and "there is no good checkpoint" in text
+    assert not list(out.glob("step-*")) and not (out / "adapter").exists()
+
+    shutil.rmtree(out)
+    losses = iter([0.5, 0.5, 0.5, float("nan")])
+    honest = train.accumulate_gradients
+    monkeypatch.setattr(train, "accumulate_gradients", lambda *a: (honest(*a), next(losses))[1])
+    text = run(tmp_path / "log", options(world, out), status=2)
+    assert "step 4: the loss is nan" in text and f"last good checkpoint is {out}/step-2" in text
+    assert len(metrics(out)) == 3
+
+
+def test_resuming_refuses_what_would_be_another_run(world, whole, tmp_path, monkeypatch):
+    assert "nothing to resume" in refusal(monkeypatch, "--resume", "--out", tmp_path)
+    assert "--lr 0.5 contradicts" in refusal(monkeypatch, "--resume", "--out", whole, "--lr", 0.5)
+    assert "--steps 3" in refusal(monkeypatch, "--resume", "--out", whole, "--steps", 3)
+    assert "--fresh" in refusal(monkeypatch, "--resume", "--out", whole, "--fresh")
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text('{"steps": 6')
+    assert "run.json is damaged" in refusal(monkeypatch, "--resume", "--out", tmp_path / "run")
+
+
+def test_resuming_over_changed_weights_is_refused(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "weights", tmp_path / "weights")
+    words = options(world, tmp_path / "run", weights=tmp_path / "weights")
+    run(tmp_path / "log", words)
+    save_random(tmp_path / "weights", seed=7)
+    message = refusal(monkeypatch, "--resume", "--out", tmp_path / "run", "--steps", 8)
+    assert "weights" in message and "without --resume" in message
+
+
+def test_an_unfinished_run_is_not_thrown_away(world, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(train, "save_adapter", lambda model, folder, **origin: os._exit(9) if origin else
+                        qalora.save_adapter(model, folder))
+    run(tmp_path / "log", options(world, out), status=9)
+    monkeypatch.undo()
+    message = refusal(monkeypatch, *options(world, out))
+    assert "unfinished run" in message and f"remove {out}/step-6" in message and "--resume" in message
+    assert (out / "step-6").exists()
+
+
+# ---- the base
+
+def test_a_base_is_reused_unless_it_would_be_another(world, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    file = out / "base" / "model.safetensors"
+    state = lambda: (file.stat().st_ino, file.stat().st_mtime_ns)
+    run(log, options(world, out, steps=1))
+    first = state()
+    text = run(log, options(world, out, steps=1, seed=5, data=world / "fewer.json", lr=0.1, rank=2))
+    assert state() == first and "already made from these weights" in text
+    for change in (dict(bits=3), dict(group_size=16), dict(quantizer="gptq"), dict(weights=world / "other-weights"),
+                   dict(fresh="")):
+        before, words = state(), [word for word in options(world, out, steps=1, **change) if word]
+        text = run(log, words)
+        assert state() != before and ("making it anew" in text or "fresh" in change), change
+        quantization = json.loads((out / "base" / "config.json").read_text())["quantization"]
+        assert all(quantization[k] == v for k, v in change.items() if k not in ("weights", "fresh")), change
+
+
+@given(place=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=20)
+def test_checkpoints_that_differ_anywhere_are_told_apart(world, place):
+    file, folder = world / "weights" / "model.safetensors", world / "changed"
+    folder.mkdir(exist_ok=True)
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1
+    (folder / file.name).write_bytes(content)
+    shutil.copy(world / "weights" / "config.json", folder)
+    assert train.fingerprint(folder) != train.fingerprint(world / "weights")
+    (folder / file.name).write_bytes(file.read_bytes())
+    assert train.fingerprint(folder) == train.fingerprint(world / "weights")
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("10000.0", "20000.0"))
+    assert train.fingerprint(folder) != train.fingerprint(world / "weights")
+
+
+def test_another_tokenizer_makes_the_base_anew(world, tmp_path):
+    run(tmp_path / "log", options(world, tmp_path / "run", steps=1))
+    data.train_tokenizer([ENGLISH], tmp_path / "tokenizer.model", 400)
+    other = dict(tokenizer=tmp_path / "tokenizer.model", max_length=256)
+    run(tmp_path / "log", options(world, tmp_path / "run", steps=1, **other))
+    assert data.load_tokenizer(tmp_path / "run").vocab_size() == 400
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory):
+    """{layers: (MB of private memory that quantizing added at its peak, MB of the base's file)} for two depths."""
+    found = {}
+    for layers in (4, 16):
+        folder = tmp_path_factory.mktemp(f"{layers}-layers")
+        config = llama.LlamaConfig(512, 768, 2048, layers, 12, 12)
+        save_random(folder, config=config)
+        code = ("import pathlib, sys, train\n"
+                "weights, out = map(pathlib.Path, sys.argv[1:])\n"
+                "out.mkdir()\n"
+                "print('ready', flush=True), sys.stdin.readline()\n"
+                "settings = dict(method='qalora', bits=4, group_size=32, quantizer='rtn', device='cpu')\n"
+                "train.make_base(settings, weights, out, None)\n")
+        process = subprocess.Popen([sys.executable, "-c", code, folder, folder / "base"], env=ENVIRONMENT, text=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout.readline() == "ready\n"
+        start = peak = private_megabytes(process.pid)
+        process.stdin.write("\n"), process.stdin.flush()
+        while process.poll() is None:
+            peak = max(peak, private_megabytes(process.pid))
+            time.sleep(0.001)
+        assert process.returncode == 0
+        dense = (folder / "model.safetensors").stat().st_size / 1e6
+        found[layers] = peak - start, (folder / "base" / "model.safetensors").stat().st_size / 1e6, dense
+        shutil.rmtree(folder)
+    return found
+
+
+def private_megabytes(pid):
+    """RssAnon of a process: memory that is no mapped file; 0 when it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for line in open(f"/proc/{pid}/status"):
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    return 0
+
+
+def test_memory_while_quantizing_grows_with_the_packed_size(peaks):
+    (few, few_packed, few_dense), (many, many_packed, many_dense) = peaks[4], peaks[16]
+    packed, dense = many_packed - few_packed, many_dense - few_dense
+    assert dense > 2.5 * packed > 0
+    assert abs((many - few) - packed) < 0.4 * packed, (many, few, packed, dense)
+
+
+def test_memory_while_quantizing_is_the_packed_model_and_two_dense_blocks(peaks):
+    block = (4 * 768 ** 2 + 3 * 768 * 2048) * 4 / 1e6  # as it is computed with, in float32
+    for peak, packed, _ in peaks.values():
+        assert peak < packed + 2 * block + 20, (peak, packed, block)
+
+
+# ---- training
+
+def test_accumulation_and_checkpointing_do_not_change_the_losses(world, whole, tmp_path):
+    for i, changed in enumerate((dict(micro_batch_size=4), dict(micro_batch_size=1), dict(checkpointing=0))):
+        run(tmp_path / "log", options(world, tmp_path / str(i), **changed))
+        close(metrics(tmp_path / str(i)), metrics(whole))
+    assert json.loads((whole / "run.json").read_text())["checkpointing"] == 1, "nothing was compared"
+
+
+def test_the_loss_is_the_mean_over_the_batchs_response_tokens(world, whole):
+    s = json.loads((whole / "run.json").read_text())
+    tokenizer = data.load_tokenizer(whole)
+    examples, _ = train.read_examples(s, None, tokenizer, lambda *_: None)
+    batch = [examples[i] for i in data.batch_order(tuple(len(e.tokens) for e in examples), 4, 0, 0)]
+    model, total, count = quant.load_quantized(whole / "base", torch.float32), 0.0, 0
+    for tokens, prompt_length in batch:  # one by one and without padding
+        log_probs = model(torch.tensor(tokens[None], dtype=torch.long))[0].log_softmax(-1)
+        total -= sum(log_probs[t - 1, tokens[t]].item() for t in range(prompt_length, len(tokens)))
+        count += len(tokens) - prompt_length
+    assert metrics(whole, "loss")[0][0] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_only_the_targets_are_trained(world, whole, tmp_path):
+    run(tmp_path / "log", options(world, tmp_path / "run", targets="q_proj,v_proj"))
+    found = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
+    assert found["targets"] == ["q_proj", "v_proj"]
+    base, merged = quant.load_quantized(tmp_path / "run" / "base"), merge.load_model(tmp_path / "run")
+    changed = {name for name, t in base.state_dict().items() if not torch.equal(t, merged.state_dict()[name])}
+    assert changed == {f"model.layers.{i}.self_attn.{n}_proj.offset" for i in range(2) for n in "qv"}
+    merged = merge.load_model(whole)  # all seven
+    changed = {name for name, t in base.state_dict().items() if not torch.equal(t, merged.state_dict()[name])}
+    assert len(changed) == 14 and all(name.endswith(".offset") for name in changed)
+
+
+def test_each_line_of_metrics_and_the_validation_loss(world, whole):
+    assert [step for step, in metrics(whole, "step")] == [1, 2, 3, 4, 5, 6]
+    assert [loss is not None for loss, in metrics(whole, "validation_loss")] == [False, True] * 3
+    results = json.loads((whole / "results.json").read_text())
+    assert results["bit_identical"] is True
+    assert results["validation_loss_adapted"] == metrics(whole, "validation_loss")[-1][0]
+    assert results["validation_loss_adapted"] < results["validation_loss_base"]
+    assert all(speed > 0 for speed, in metrics(whole, "tokens_per_second"))
+
+
+# ---- several processes
+
+DRIVER = """
+import json, os, pathlib, sys
+import train
+collate, out = train.data.collate, sys.argv[sys.argv.index("--out") + 1]
+
+def seen(examples):
+    with open(pathlib.Path(out) / f"seen-{os.environ.get('RANK', 0)}.jsonl", "a") as f:
+        f.write(json.dumps([e.tokens.tolist() for e in examples]) + chr(10))
+    return collate(examples)
+
+honest = train.accumulate_gradients
+def watched(*arguments):
+    train.data.collate = seen
+    try:
+        return honest(*arguments)
+    finally:
+        train.data.collate = collate
+train.accumulate_gradients = watched
+train.run_command(train.main)
+"""
+
+
+def seen_by(out, ranks, per_step):
+    """For each step the sorted examples that all ranks together computed with."""
+    lines = [[json.loads(line) for line in (out / f"seen-{r}.jsonl").read_text().splitlines()] for r in range(ranks)]
+    together = [sum(micro, []) for micro in zip(*lines)]
+    return [sorted(sum(together[i:i + per_step], [])) for i in range(0, len(together), per_step)]
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_two_processes_train_as_one_does(world, tmp_path, micro):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    words = options(world, tmp_path / "two", micro_batch_size=micro)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                    tmp_path / "driver.py", *words], env=ENVIRONMENT, check=True, timeout=300, capture_output=True)
+    (tmp_path / "one").mkdir()
+    command(tmp_path / "driver.py", *options(world, tmp_path / "one"))
+    two, one = seen_by(tmp_path / "two", 2, 2 // micro), seen_by(tmp_path / "one", 1, 2)
+    assert two == one and len(one) == 6 and all(len(batch) == 4 for batch in one)
+    close(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
+    a, b = (llama.open_file(tmp_path / n / "adapter" / "adapter.safetensors") for n in ("two", "one"))
+    for name in a:
+        torch.testing.assert_close(a[name].read(), b[name].read(), rtol=1e-2, atol=1e-4)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(world, tmp_path):
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = options(world, out, steps=100_000, save_every=100_000)
+    pids = [fork(tmp_path / f"log-{rank}", words, rank=rank, processes=2, port=port) for rank in range(2)]
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 2, pids[0])
+    os.kill(pids[1], signal.SIGTERM)
+    assert [wait(pid) for pid in pids] == [1, 1], [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
+    assert train.newest_checkpoint(out).name == f"step-{len(metrics(out))}"
+    assert "go on with" in (tmp_path / "log-0").read_text() and "go on with" not in (tmp_path / "log-1").read_text()
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "--batch-size 4 cannot be shared by 3 processes" in refusal(monkeypatch, *options(world, tmp_path / "run"))
+
+
+# ---- mistakes, before the first slow stage
+
+def test_without_weights_it_is_said_where_they_are_to_be_had(tmp_path):
+    _, message = command("train.py", "--model", "7b", status=2, cwd=tmp_path)
+    assert "weights/7b" in message and "huggingface.co/meta-llama" in message
+    assert "python train.py --model 7b --weights FOLDER" in message and 2 < message.count("\n") < 8
+    assert message.splitlines()[-1].startswith("error: ") and not list(tmp_path.iterdir())
+
+
+def test_a_size_that_contradicts_the_files_shows_both(world, tmp_path, monkeypatch):
+    message = refusal(monkeypatch, *options(world, tmp_path / "run", model="7b"))
+    assert "--model 7b has hidden_size 4096" in message and f"{world / 'weights'} has 64" in message
+
+
+@pytest.mark.parametrize("changed, expected", [
+    (dict(bits=5), "--bits"), (dict(model="8b"), "unknown --model 8b"), (dict(targets="q_proj,w_proj"), "'w_proj'"),
+    (dict(lr="nan"), "--lr"), (dict(steps=0), "--steps"), (dict(seed=2 ** 70), "--seed"),
+    (dict(data="missing.json"), "missing.json: there is no such file"), (dict(data=None), "--data FILE is missing"),
+    (dict(device="cuda:99"), "--device cuda:99"), (dict(group_size=7), "model.layers.0.self_attn.q_proj"),
+    (dict(max_length=4), "raise --max-length"), (dict(weights="nowhere"), "there are no weights in nowhere")])
+def test_a_wrong_option_is_refused_and_leaves_nothing(world, tmp_path, monkeypatch, changed, expected):
+    assert expected in refusal(monkeypatch, *options(world, tmp_path / "run", **changed))
+    assert not (tmp_path / "run" / "base").exists() and not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("option", ["data", "calibration"])
+def test_a_bad_record_is_found_before_anything_is_quantized(world, tmp_path, monkeypatch, option):
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": 7}\n')
+    bad = {option: tmp_path / "bad.jsonl"}
+    message = refusal(monkeypatch, *options(world, tmp_path / "run", quantizer="gptq", **bad))
+    assert "bad.jsonl, line 2" in message and not (tmp_path / "run" / "base").exists()
+
+
+def test_an_out_that_cannot_be_written_is_refused(world, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refusal(monkeypatch, *options(world, tmp_path / "file" / "run"))
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(world, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9, 10_000))
+    message = refusal(monkeypatch, *options(world, tmp_path / "run"))
+    assert "GB free" in message and "more room" in message and not (tmp_path / "run" / "base").exists()
+
+
+def test_running_out_of_memory_says_what_to_lower(world, whole, tmp_path):
+    def limit():
+        now = int(pathlib.Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (now + 50 * 2 ** 20,) * 2)
+    text = run(tmp_path / "log", options(world, tmp_path / "run", rank=100_000), status=2, before=limit)
+    assert "out of memory; lower" in text
+
+
+def test_a_plot_without_matplotlib_is_refused_at_once(world, tmp_path, monkeypatch):
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "matplotlib", None)
+        assert "pip install matplotlib" in refusal(monkeypatch, *options(world, tmp_path / "run"), "--plot")
+    assert not (tmp_path / "run" / "base").exists()
+    if importlib.util.find_spec("matplotlib"):
+        run(tmp_path / "log", [*options(world, tmp_path / "run"), "--plot"])
+        assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
