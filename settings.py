@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 
 import torch
 
@@ -16,7 +17,7 @@ from quant import check_group_size, quantization_of
 TOY = dict(rank=8, alpha=16.0, lr=1.5e-3, steps=400, batch_size=32, micro_batch_size=32, max_length=256, clip=1.0)
 REAL = dict(rank=64, alpha=16.0, lr=2e-5, steps=10_000, batch_size=16, micro_batch_size=4, max_length=512, clip=0.3)
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-MISSING_WEIGHTS = """there are no weights in {weights}
+MISSING_WEIGHTS = """\
 LLaMA weights are to be had from Meta (llama.com) or, once its licence is accepted, from huggingface.co/meta-llama.
 Put config.json, tokenizer.model and the .safetensors files (or Meta's own files) into one folder, then type:
     python train.py --model {model} --weights FOLDER --data alpaca.json --out runs/{model}"""
@@ -58,12 +59,23 @@ def read_settings(description):
     say("--plot", action="store_true", help="draw the loss curve to loss.png in the run's folder (needs matplotlib)")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     now = {name: given.pop(name) for name in ("resume", "fresh", "plot")}  # what this start is to do, not the run
+    if now["resume"] and now["fresh"]:
+        raise UserError("--resume goes on with what --fresh would make anew; leave out one of them")
+    if now["plot"]:
+        check_matplotlib()
     settings = resumed(given) if now["resume"] else {**recipe(given), **given}
     check(settings)
     if settings["paged_optimizer"] and not settings["device"].startswith("cuda"):
         print(f"--paged-optimizer: on --device {settings['device']} there is nothing to page; plain AdamW is used")
         settings["paged_optimizer"] = 0
     return {**settings, **now}
+
+
+def check_matplotlib():
+    try:
+        import matplotlib  # noqa: F401  at the end of a long run would be too late
+    except ImportError as e:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from e
 
 
 def positive(kind):
@@ -98,7 +110,8 @@ def recipe(given):
         raise UserError(f"unknown --model {model}; choose one of {', '.join(CONFIGS)}")
     weights = given.get("weights") or (None if model == "tiny" else f"weights/{model}")
     if weights and not pathlib.Path(weights).exists():
-        raise UserError(MISSING_WEIGHTS.format(weights=weights, model=model or "7b"))
+        print(MISSING_WEIGHTS.format(model=model or "7b"), file=sys.stderr)
+        raise UserError(f"there are no weights in {weights}; see above where to get them and what to type")
     settings = dict(TOY if not weights else REAL, bits=4, group_size=32, quantizer="gptq", method="qalora")
     if weights:
         kept = quantized_already(weights) or {}
@@ -149,6 +162,8 @@ def check(s):
     for option in ("data", "calibration"):
         if s[option] and not pathlib.Path(s[option]).is_file():
             raise UserError(f"--{option} {s[option]}: there is no such file")
+    if not 0 <= s["seed"] < 2 ** 63:
+        raise UserError(f"--seed {s['seed']} is not between 0 and 2**63")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if s["batch_size"] % processes:
         raise UserError(f"--batch-size {s['batch_size']} cannot be shared by {processes} processes; use a multiple")
@@ -162,7 +177,10 @@ def check(s):
 
 
 def check_room(s, config):
-    """Raises UserError when the run's folder cannot be written, or its disk cannot hold base, checkpoints and result."""
+    """Raises UserError when the run's folder cannot be written, or its disk cannot hold base, checkpoints and result.
+
+    What lies there already counts as room, as it is used again or replaced.
+    """
     out = pathlib.Path(s["out"])
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -175,9 +193,11 @@ def check_room(s, config):
     linears = sum(p.numel() for p in model.model.layers.parameters())
     others = sum(p.numel() for p in model.parameters()) - linears
     base = linears * (s["bits"] / 8 + 6 / s["group_size"] if s["method"] == "qalora" else 4) + 4 * others
-    widths = sum(sum(p.shape) for name, p in model.named_parameters() if name.split(".")[-2] in s["targets"].split(","))
+    pooled = s["group_size"] if s["method"] == "qalora" else 1
+    widths = sum(p.shape[0] + p.shape[1] // pooled for name, p in model.named_parameters()
+                 if name.split(".")[-2] in s["targets"].split(","))
     need = base + 2 * 3 * 4 * s["rank"] * widths  # twice an adapter and AdamW's two moments, in float32
-    free = shutil.disk_usage(out).free
+    free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     if need > free:
         raise UserError(f"--out {out} has {free / 1e9:.1f} GB free where the run may need {need / 1e9:.1f} GB; "
                         "choose a disk with more room")

@@ -26,6 +26,7 @@ import time
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
@@ -72,9 +73,15 @@ def pretrain(world, folder, config=CONFIGS["tiny"], steps=1900, lr=5e-3, seed=0,
 # ---- 2. the base
 
 def prepare_base(s, texts):
-    """Makes the run's base/, unless what is there was made from the same weights in the same way."""
+    """Makes the run's base/, unless what is there was made from the same weights in the same way.
+
+    Raises UserError when a run that is to be resumed began over another base.
+    """
     base, weights = pathlib.Path(s["out"]) / "base", pathlib.Path(s["weights"] or TOY_BASE)
+    tokenizer = data.load_tokenizer(s["tokenizer"] or weights)
+    spelling = tokenizer.serialized_model_proto()
     wanted = {"method": s["method"], "source": fingerprint(weights)}
+    wanted |= {"tokenizer": hashlib.sha256(spelling).hexdigest()}
     if s["method"] == "qalora":
         wanted |= {"bits": s["bits"], "group_size": s["group_size"], "quantizer": s["quantizer"]}
     record = base / "made_from.json"
@@ -82,13 +89,16 @@ def prepare_base(s, texts):
     if found == wanted and not s["fresh"]:
         print(f"base: {base} is already made from these weights in this way")
         return
+    if found and s["resume"]:
+        raise UserError(f"{weights} or its tokenizer has changed since {base} was made from it, so the run cannot "
+                        "go on; put the old files back, or start the run anew without --resume")
     if found:
         print(f"base: {base} was made from other weights or in another way; making it anew")
     with written_whole(base) as beside:
         beside.mkdir()
-        tokenizer = data.load_tokenizer(s["tokenizer"] or weights)
-        (beside / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
-        make_base(s, weights, beside, lambda config: calibration_windows(texts(), tokenizer, config, s["calibration_tokens"]))
+        (beside / "tokenizer.model").write_bytes(spelling)
+        windows = lambda config: calibration_windows(texts, tokenizer, config, s["calibration_tokens"])
+        make_base(s, weights, beside, windows)
         (beside / record.name).write_text(json.dumps(wanted, indent=2) + "\n")
 
 
@@ -131,14 +141,19 @@ def calibration_windows(texts, tokenizer, config, count):
 
 
 def fingerprint(weights):
-    """SHA-256 over name, size, first and last megabyte of every weight file: tells checkpoints apart without reading all."""
-    sha = hashlib.sha256()
-    files = [f for f in weights.iterdir() if f.suffix in (".safetensors", ".bin", ".pth")] if weights.is_dir() else [weights]
-    for file in sorted(files):
+    """SHA-256 over the config and over name, size and content of each weight file: of one above 64 MB, 4,096 samples.
+
+    That tells checkpoints apart, as even one block trained further differs in most samples, and never takes minutes.
+    """
+    sha, kinds = hashlib.sha256(), (".safetensors", ".bin", ".pth")
+    files = sorted(weights.iterdir()) if weights.is_dir() else [weights]
+    for file in (f for f in files if f == weights or f.suffix in kinds or f.name in ("config.json", "params.json")):
+        size = file.stat().st_size
+        sha.update(f"{file.name} {size}".encode())
         with open(file, "rb") as f:
-            sha.update(f"{file.name} {file.stat().st_size}".encode() + f.read(2 ** 20))
-            f.seek(max(0, file.stat().st_size - 2 ** 20))
-            sha.update(f.read())
+            for start in range(0, size, max(2 ** 14, size // 4096)):
+                f.seek(start)
+                sha.update(f.read(2 ** 14))
     return sha.hexdigest()
 
 
@@ -162,23 +177,43 @@ def fine_tune(s, model, examples, held_out):
             batch = [examples[i] for i in data.batch_order(lengths, s["batch_size"], step, s["seed"])]
             loss = accumulate_gradients(network, batch, s["micro_batch_size"])
             norm = torch.nn.utils.clip_grad_norm_(parameters, s["clip"]).item()
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise UserError(f"step {step + 1}: the loss is {loss:g}, its gradient {norm:g}; the last good checkpoint "
-                                f"is {newest_checkpoint(out)}; lower --lr and start again")
+            check_finite(out, step + 1, loss=loss, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
             speed = sum(len(e.tokens) for e in batch) / (time.monotonic() - start)
             line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": s["lr"], "tokens_per_second": round(speed)}
-            last = step + 1 == s["steps"]
-            if (step + 1) % s["save_every"] == 0 or last or signals:
-                if held_out and not signals:
-                    line["validation_loss"] = evals.response_loss(model, held_out, s["micro_batch_size"])
+            last, stop = step + 1 == s["steps"], in_any_process(signals, s["device"])
+            save = (step + 1) % s["save_every"] == 0 or last or stop
+            if save and held_out and not stop:
+                line["validation_loss"] = evals.response_loss(model, held_out, s["micro_batch_size"])
+                check_finite(out, step + 1, validation_loss=line["validation_loss"])
+            write_metrics(line)  # before the checkpoint: resuming cuts lines off, but could not add one
+            if save:
                 save_checkpoint(out, step + 1, model, optimizer)
-            write_metrics(line)
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}", GB=f"{memory_in_use(s['device']):.1f}", refresh=False)
-            if signals and not last:
+            if stop and not last:
                 bar.close()
-                sys.exit(f"stopped after step {step + 1}; go on with: python train.py --resume --out {out}")
+                how = f"stopped after step {step + 1}; go on with: python train.py --resume --out {out}"
+                sys.exit(how if RANK == 0 else 1)
+
+
+def check_finite(out, step, **values):
+    """Raises UserError, naming the last good checkpoint, when one of a step's values is not a finite number."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            good = newest_checkpoint(out)
+            raise UserError(f"step {step}: the {name.replace('_', ' ')} is {value:g}; "
+                            + (f"the last good checkpoint is {good}" if good else "there is no good checkpoint")
+                            + "; lower --lr and start anew")
+
+
+def in_any_process(signals, device):
+    """Whether any process has received a signal: it reaches each at another moment, but they must stop together."""
+    if WORLD == 1:
+        return bool(signals)
+    received = torch.tensor(len(signals), device=device)
+    dist.all_reduce(received)
+    return received.item() > 0
 
 
 def adamw(parameters, s):
@@ -258,14 +293,22 @@ def metrics_from(out, done):
 # ---- checkpoints: step-N/ is complete when it bears that name
 
 def save_checkpoint(out, step, model, optimizer):
-    """Writes step-N/ (the adapter, AdamW's state), then removes older ones. Only the first process writes."""
-    if RANK == 0:
+    """Writes step-N/ (the adapter, AdamW's state), then removes older ones. Only the first process writes.
+
+    Raises UserError when it cannot be written; the older ones stay.
+    """
+    if RANK > 0:
+        return
+    try:
         with written_whole(out / f"step-{step}") as beside:
             save_adapter(model, beside)  # makes the folder
             torch.save({"step": step, "optimizer": optimizer.state_dict()}, beside / "optimizer.pt")
-        for folder in out.glob("step-*"):
-            if folder.name != f"step-{step}":
-                shutil.rmtree(folder)
+    except (OSError, RuntimeError, SafetensorError) as e:  # each has its own way of saying that a disk is full
+        raise UserError(f"{out}/step-{step} could not be written ({e}); if the disk is full, free some space, then go on "
+                        f"with: python train.py --resume --out {out}") from e
+    for folder in out.glob("step-*"):
+        if folder.name != f"step-{step}":
+            shutil.rmtree(folder)
 
 
 def newest_checkpoint(out):
@@ -329,8 +372,10 @@ def table(rows):
 def main():
     s = read_settings(__doc__)
     out, say = pathlib.Path(s["out"]), print if RANK == 0 else lambda *words: None
-    world = None if s["data"] else data.make_world()
-    if not s["weights"]:
+    world, examples = None if s["data"] else data.make_world(), None
+    if s["weights"]:  # so that bad data is found before anything slow; the tiny model's tokenizer is still to be made
+        examples = read_examples(s, world, data.load_tokenizer(s["tokenizer"] or s["weights"]), say)
+    else:
         torch.set_num_threads(1)  # its matrices are so small that a second thread mostly waits
     if RANK == 0:
         prepare(s, out, world)
@@ -339,8 +384,9 @@ def main():
             s["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(s["device"])
         dist.init_process_group(timeout=datetime.timedelta(days=2))  # NCCL on GPUs, gloo on CPUs
+        dist.barrier()
     model, tokenizer = evals.load(out / "base", s["device"])
-    train, held_out = read_examples(s, world, tokenizer, say)
+    train, held_out = examples or read_examples(s, world, tokenizer, say)
     model.model.checkpointing = bool(s["checkpointing"])
     bits = bits_per_weight(model)
     torch.manual_seed(s["seed"])
@@ -361,14 +407,17 @@ def main():
 
 def prepare(s, out, world):
     """What one process does for all: the run's folder, the tiny model where it is wanted, the base."""
-    for leftover in out.glob(".*.unfinished"):  # of a run that was killed while it wrote
+    texts, newest = calibration_texts(s, world), newest_checkpoint(out)
+    for leftover in [*out.glob(".*.unfinished"), *out.glob(".*.old")]:  # of a run that was killed while it wrote
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if s["resume"] and newest and int(newest.name[5:]) > s["steps"]:
+        raise UserError(f"--steps {s['steps']}: {newest} has gone further already; give a larger number")
     if not s["resume"]:
-        if s["weights"] and newest_checkpoint(out) and not (out / "adapter").exists() and not s["fresh"]:
-            raise UserError(f"{out} holds an unfinished run, {newest_checkpoint(out).name}: go on with --resume, start it "
-                            "anew with --fresh, or choose another --out")
-        for folder in out.glob("step-*"):
-            shutil.rmtree(folder)
+        if s["weights"] and newest and not (out / "adapter").exists() and not s["fresh"]:
+            raise UserError(f"{out} holds an unfinished run: go on with --resume, or remove {newest} to start anew, "
+                            "or choose another --out")
+        for folder in out.glob("step-*"):  # under another name first: half a folder is no checkpoint
+            shutil.rmtree(folder.rename(out / f".{folder.name}.unfinished"))
         if (out / "adapter").exists():
             shutil.rmtree(out / "previous-adapter", ignore_errors=True)
             (out / "adapter").rename(out / "previous-adapter")
@@ -377,7 +426,7 @@ def prepare(s, out, world):
         beside.write_text(json.dumps(kept, indent=2) + "\n")
     if not s["weights"] and (s["fresh"] or not (TOY_BASE / "config.json").exists()):
         pretrain(data.make_world(), TOY_BASE)
-    prepare_base(s, lambda: calibration_texts(s, world))
+    prepare_base(s, texts)
 
 
 def calibration_texts(s, world):
@@ -454,10 +503,7 @@ def finish(s, out, model, held_out):
 
 def plot(out):
     """Draws metrics.jsonl to loss.png."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from e
+    from matplotlib.figure import Figure  # optional; settings.py has made sure that it is there
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
@@ -467,7 +513,8 @@ def plot(out):
         axes.plot(*zip(*validation), "o-", label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per response token)")
     axes.legend()
-    figure.savefig(out / "loss.png", dpi=150)
+    with written_whole(out / "loss.png") as beside:
+        figure.savefig(beside, format="png", dpi=150)
 
 
 if __name__ == "__main__":
