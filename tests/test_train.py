@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import pathlib
-import random
+import re
 import resource
 import shutil
 import signal
@@ -30,6 +30,7 @@ import llama
 import merge
 import qalora
 import quant
+import settings as options_of_train
 import torch._dynamo  # PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
 import train
 from cli import UserError, run_command
@@ -171,7 +172,7 @@ def refusal(monkeypatch, *words):
 @pytest.fixture(scope="module")
 def whole(world):
     """An uninterrupted run."""
-    run(world / "log", options(world, world / "whole"))
+    run(world / "whole-log", options(world, world / "whole"))
     return world / "whole"
 
 
@@ -523,6 +524,33 @@ def test_each_line_of_metrics_and_the_validation_loss(world, whole):
     assert results["validation_loss_adapted"] == metrics(whole, "validation_loss")[-1][0]
     assert results["validation_loss_adapted"] < results["validation_loss_base"]
     assert all(speed > 0 for speed, in metrics(whole, "tokens_per_second"))
+    bars = (world / "whole-log").read_text().split("fine-tuning:")
+    assert re.search(r"6/6 \[\d\d:\d\d<\d\d:\d\d, .*step/s, GB=\d+\.\d, loss=\d+\.\d+, tokens_per_s=\d+\]", bars[-1])
+
+
+def test_in_bfloat16_the_adapters_and_their_optimizer_stay_in_float32(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama, "compute_dtype", lambda stored, device: torch.bfloat16)
+    text = run(tmp_path / "log", options(world, tmp_path / "run", checkpointing=1))
+    assert "bit identical: True" in text
+    stored = llama.open_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    assert {t.read().dtype for t in stored.values()} == {torch.float32}
+    state = torch.load(tmp_path / "run" / "step-6" / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+    assert {t.dtype for entry in state.values() for t in entry.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("model, lr", [("7b", 2e-5), ("13b", 2e-5), ("33b", 1e-5), ("65b", 1e-5)])
+def test_the_default_for_real_sizes_is_the_papers_recipe(world, tmp_path, monkeypatch, model, lr):
+    llama.write_config(llama.CONFIGS[model], tmp_path)
+    shutil.copy(world / "weights" / "tokenizer.model", tmp_path)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 12, 0, 10 ** 12))
+    for words in (["--weights", tmp_path], ["--weights", tmp_path, "--model", model]):
+        words += ["--data", world / "records.json", "--out", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        found = options_of_train.read_settings("")
+        recipe = dict(method="qalora", bits=4, group_size=32, quantizer="gptq", rank=64, alpha=16, lr=lr, clip=0.3,
+                      batch_size=16, steps=10_000, targets=",".join(llama.LINEARS), checkpointing=1)
+        assert {name: found[name] for name in recipe} == recipe
 
 
 # ---- several processes
