@@ -151,6 +151,8 @@ def check(s):
     if s["method"] == "qalora":
         check_group_size(config, s["group_size"])
     kept = quantized_already(s["weights"]) if s["weights"] else None
+    if kept and kept.get("quantizer") == "nf4":
+        raise UserError(f"{s['weights']} is quantized to NF4, whose values have no offset to train; name the float model")
     if kept and (s["method"], s["bits"], s["group_size"]) != ("qalora", kept.get("bits"), kept.get("group_size")):
         raise UserError(f"{s['weights']} is quantized already, to {kept.get('bits')} bits in groups of "
                         f"{kept.get('group_size')}: leave out --method, --bits and --group-size")
