@@ -491,6 +491,14 @@ def test_accumulation_and_checkpointing_do_not_change_the_losses(world, whole, t
     assert json.loads((whole / "run.json").read_text())["checkpointing"] == 1, "nothing was compared"
 
 
+def test_checkpointing_recomputes_each_block_and_can_be_left_out(world, tmp_path, monkeypatch):
+    honest = llama.checkpoint
+    monkeypatch.setattr(llama, "checkpoint", lambda *a, **more: (print("recomputed later"), honest(*a, **more))[1])
+    for wanted in (1, 0):
+        text = run(tmp_path / "log", options(world, tmp_path / str(wanted), steps=2, checkpointing=wanted))
+        assert text.count("recomputed later") == wanted * 2 * 2 * CONFIG.num_hidden_layers  # steps, micro-batches
+
+
 def test_the_loss_is_the_mean_over_the_batchs_response_tokens(world, whole):
     s = json.loads((whole / "run.json").read_text())
     tokenizer = data.load_tokenizer(whole)
