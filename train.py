@@ -181,7 +181,7 @@ def fine_tune(s, model, examples, held_out):
             optimizer.step()
             optimizer.zero_grad()
             speed = sum(len(e.tokens) for e in batch) / (time.monotonic() - start)
-            line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": s["lr"], "tokens_per_second": round(speed)}
+            line = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": s["lr"], "tokens_per_second": round(speed, 1)}
             last, stop = step + 1 == s["steps"], in_any_process(signals, s["device"])
             save = (step + 1) % s["save_every"] == 0 or last or stop
             if save and held_out and not stop:
