@@ -1,14 +1,9 @@
 """triton_kernels.py: on a GPU where there is one, else in Triton's interpreter; the oracle is float64 arithmetic."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import quant
 import triton_kernels
