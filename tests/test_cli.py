@@ -34,7 +34,7 @@ def raises(error):
 @pytest.mark.parametrize("error, line", [
     (UserError("no such\n  folder"), "error: no such folder\n"),  # one line, however the message came about
     (FileNotFoundError(2, "No such file or directory", "runs/x"), "error: No such file or directory: runs/x\n"),
-    (PermissionError(13, "Permission denied", "/root/x"), "error: Permission denied: /root/x\n"),
+    (PermissionError(13, "Permission denied", "/home/x"), "error: Permission denied: /home/x\n"),
     (OSError("odd"), "error: odd\n"),
 ])
 def test_a_mistake_ends_in_one_line_that_says_where(capsys, error, line):
