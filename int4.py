@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import quant
-from quant import FEW_TOKENS, QuantLinear, add_product, centred, pool, unpack
+from quant import FEW_TOKENS, QuantLinear, unpack
 
 
 def prepare_inference(model):
@@ -28,9 +28,10 @@ class Int4Linear(nn.Module):
     """A 4-bit QuantLinear, its codes repacked for PyTorch's int4 kernel, which takes a tenth of a dense layer's time.
 
     The kernel reads 16-bit floats, so a result is about as exact as bfloat16 (relative error 0.003), never the same bits
-    as a QuantLinear's. The offsets stay float32: the kernel is given none, and their pooled term is added here.
+    as a QuantLinear's. bfloat16 rounds offset + 8 * scale by 2^-9 of it at most: some thousandths of a quantization
+    step, as the float16 of GGUF does.
     Buffers: int4 [O / w, I, w/2] uint8, whose byte j holds the codes of rows j and j + w/2 of w neighbouring ones;
-    scale_zero [G, O, 2] bfloat16; centred [G, O] float32, offset + 8 * scale.
+    scale_zero [G, O, 2] bfloat16, the scale and offset + 8 * scale, since the kernel takes 8 from the codes.
     """
 
     def __init__(self, layer):
@@ -39,9 +40,9 @@ class Int4Linear(nn.Module):
         codes = unpack(layer.packed, 4, layer.in_features)
         repacked = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         self.register_buffer("int4", repacked.view(-1, layer.in_features, half))
-        scale_GO = layer.scale.t().bfloat16()
-        self.register_buffer("scale_zero", torch.stack((scale_GO, torch.zeros_like(scale_GO)), dim=-1))
-        self.register_buffer("centred", centred(layer.offset, layer.scale, 4, torch.float32).t().contiguous())
+        scale = layer.scale.float()
+        scale_zero_OG2 = torch.stack((scale, layer.offset + 8 * scale), dim=-1)
+        self.register_buffer("scale_zero", scale_zero_OG2.transpose(0, 1).bfloat16().contiguous())
 
     @staticmethod
     def takes(layer):
@@ -49,27 +50,28 @@ class Int4Linear(nn.Module):
         return fits and int4_interleaving() and layer.out_features % int4_interleaving() == 0
 
     def forward(self, x):  # [..., I] -> [..., O]
-        x_NI = x.reshape(-1, x.shape[-1])
-        y_NO = pool(x_NI, len(self.centred), torch.float32) @ self.centred
+        x_NI, out_features = x.reshape(-1, x.shape[-1]), self.scale_zero.shape[1]
         if len(x_NI) <= FEW_TOKENS:
-            int4_OI = self.int4.view(self.centred.shape[1], -1)
-            y_NO += torch._weight_int4pack_mm_for_cpu(x_NI.bfloat16(), int4_OI, self.group_size, self.scale_zero)
+            int4_OI = self.int4.view(out_features, -1)
+            y_NO = torch._weight_int4pack_mm_for_cpu(x_NI.bfloat16(), int4_OI, self.group_size, self.scale_zero)
         else:
+            y_NO = x_NI.new_empty(len(x_NI), out_features)
             for rows, w_IR in self.dense_columns(x.dtype):
-                add_product(y_NO[:, rows], x_NI, w_IR)
-        return y_NO.to(x.dtype).view(*x.shape[:-1], -1)
+                torch.mm(x_NI, w_IR, out=y_NO[:, rows])
+        return y_NO.to(x.dtype).view(*x.shape[:-1], out_features)
 
     def dense_columns(self, dtype):
-        """Yields (rows, w [I, rows]) like `dense_rows`, but transposed, as the kernel's order is."""
-        _, inputs, half = self.int4.shape
-        start = 0
-        for int4 in self.int4.split(max(1, quant.DENSE_AT_A_TIME // (2 * half * inputs))):  # [n, I, w/2]
-            codes = torch.stack((int4 & 15, int4 >> 4)).sub_(8).view(torch.int8)  # [2, n, I, w/2]
-            w = codes.permute(2, 1, 0, 3).to(torch.float32, memory_format=torch.contiguous_format)  # [I, n, 2, w/2]
-            rows = slice(start, start := start + w[0].numel())
-            scale_GO = self.scale_zero[:, rows, 0].float()
-            w_IR = w.view(len(scale_GO), -1, w[0].numel()).mul_(scale_GO.unsqueeze(1)).view(inputs, -1)  # over [G, g, R]
-            yield rows, w_IR.to(dtype)
+        """Yields (rows, w [I, rows]), the weight transposed, as the kernel's order is."""
+        (blocks, inputs, half), (groups, _, _) = self.int4.shape, self.scale_zero.shape
+        scale, zero = self.scale_zero.float().unbind(-1)  # [G, O]
+        grouped = [t.view(groups, blocks, 1, 2 * half).transpose(0, 1) for t in (scale, zero - 8 * scale)]
+        at_a_time = max(1, quant.DENSE_AT_A_TIME // (2 * half * inputs))
+        for i, (int4, s, o) in enumerate(zip(*(t.split(at_a_time) for t in (self.int4, *grouped)))):
+            w = torch.empty(*int4.shape[:2], 2, half)  # [n, I, 2, w/2]
+            w[:, :, 0], w[:, :, 1] = int4 & 15, int4 >> 4
+            w = w.view(len(int4), groups, -1, 2 * half).mul_(s).add_(o).view(len(int4), inputs, -1)
+            start = 2 * half * at_a_time * i
+            yield slice(start, start + 2 * half * len(int4)), w.to(dtype).transpose(0, 1).flatten(1)
 
 
 @functools.cache

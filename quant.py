@@ -24,12 +24,14 @@ from tqdm import tqdm
 from cli import UserError, written_whole
 from llama import LINEARS, Llama, fill, open_file, read_config, read_json, rotary_table, write_config
 
-DENSE_AT_A_TIME = 2 ** 22  # weights: a shared cache holds them, and a matmul of fewer spends its time arranging x
-ROWS_AT_A_TIME = 256  # are unpacked to these, in a core's own cache
+DENSE_AT_A_TIME = 2 ** 20  # weights: a CPU's caches hold them, and a matmul of fewer spends its time arranging x
 FEW_TOKENS = 16  # up to here a kernel that unpacks as it multiplies beats unpacking once and a dense matmul
 
 
 # ---- codes of 2, 3 or 4 bits, packed at exactly that cost
+
+PLANES = {2: 4, 3: 8, 4: 2}  # by bits: how many runs of consecutive inputs the bits of a row's bytes hold; see `pack`
+
 
 def packed_width(in_features, bits):
     """Bytes that a row of `in_features` codes takes: `bits` a code, the row padded to a multiple of 32 codes."""
@@ -70,9 +72,13 @@ def _join_planes(fields, width):  # [O, n] fields of `width` bits -> [O, n * wid
 
 def _split_planes(packed, width):  # the inverse
     fields = packed.new_empty(*packed.shape[:-1], packed.shape[-1] * 8 // width)
-    for k, plane in enumerate(fields.chunk(8 // width, dim=-1)):
-        torch.bitwise_right_shift(packed, width * k, out=plane)  # written to its place: half the time of torch.cat
-    return fields.bitwise_and_(2 ** width - 1)
+    lowest, *others = fields.chunk(8 // width, dim=-1)
+    torch.bitwise_and(packed, 2 ** width - 1, out=lowest)  # written to its place: half the time of torch.cat
+    for k, plane in enumerate(others, 1):
+        torch.bitwise_right_shift(packed, width * k, out=plane)
+    for plane in others[:-1]:  # above the last one nothing is left
+        plane.bitwise_and_(2 ** width - 1)
+    return fields
 
 
 # ---- choosing scale, offset and codes
@@ -84,11 +90,13 @@ class Quantized(NamedTuple):
     offset: torch.Tensor  # [O, G] float32
 
 
-def dequantize(quantized):
-    """The matrix [O, I] that a `Quantized` stands for, in float32."""
-    scale, offset = quantized.scale.float().unsqueeze(-1), quantized.offset.unsqueeze(-1)  # [O, G, 1]
-    codes_OGg = quantized.codes.view(*quantized.scale.shape, -1)
-    return (scale * codes_OGg + offset).view(quantized.codes.shape)
+def dequantize(quantized, dtype=torch.float32):
+    """The matrix [O, I] that a `Quantized` stands for, computed in float32 at least, then rounded to `dtype`."""
+    codes, scale, offset = quantized
+    wide = torch.promote_types(dtype, torch.float32)
+    w_OGg = codes.to(wide).view(*scale.shape, -1)
+    w_OGg.mul_(scale.to(wide).unsqueeze(-1)).add_(offset.to(wide).unsqueeze(-1))  # torch.addcmul takes three times as long
+    return w_OGg.view(codes.shape).to(dtype)
 
 
 def quantize_rtn(w_OI, bits, group_size):
@@ -278,10 +286,9 @@ def quant_matmul(x, packed, scale, offset, bits):
     """y = x @ (scale * codes + offset)ᵀ for a packed weight, differentiable in x and offset.
 
     x: [..., I] float; packed: [O, packed_width(I, bits)]; scale: [O, G] float16; offset: [O, G]; result [..., O] in x's
-    dtype. Computed as  Σ_groups scale * (codes - c) · x_group  +  pool(x) @ (offset + c * scale)ᵀ  with c = 2^(bits-1)
-    and pool(x) the sum of x over each group. Centring matters in low precision: codes that are all positive cancel
-    against the offset (relative error 0.0071 in bfloat16 on a 4096 x 4096 layer, centred 0.0027, a dense layer 0.0023).
-    The pooled term is float32 (float64 for float64 input): bfloat16 would swallow a small change of the offset.
+    dtype. A part of the weight at a time is dequantized, rounded once to x's dtype, and multiplied: as exact as a dense
+    layer of that dtype. In a group whose codes differ, rounding weight by weight lets through a change of the offset
+    far below bfloat16's steps, in the mean over the group; a bfloat16 offset beside the codes would swallow it.
     """
     assert x.shape[-1] % scale.shape[1] == 0 and packed.shape[1] == packed_width(x.shape[-1], bits), \
         f"x {tuple(x.shape)} does not fit packed {tuple(packed.shape)} and scale {tuple(scale.shape)} at {bits} bits"
@@ -290,101 +297,70 @@ def quant_matmul(x, packed, scale, offset, bits):
 
 
 class QuantMatmul(torch.autograd.Function):
-    """`quant_matmul`. Saves the packed codes and the pooled input, never x and never a dense weight."""
+    """`quant_matmul`. Saves the packed codes and the pooled input, never x and never a dense weight.
+
+    The offset's gradient is grad_yᵀ @ pool(x), pool(x) [N, G] the sum of x over each group: the paper's equation 2.
+    """
 
     @staticmethod
     def forward(ctx, x, packed, scale, offset, bits):
-        in_features = x.shape[-1]
-        x_NI = x.reshape(-1, in_features)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        kernels = triton_for(x)
-        fused = kernels and 0 < len(x_NI) <= FEW_TOKENS and kernels.can_multiply(scale, bits, in_features)
-        pooled_NG = None if fused and not ctx.needs_input_grad[3] else pool(x_NI, scale.shape[1], wide)
-        if fused:
-            y_NO = kernels.multiply(x_NI, packed, scale, offset, bits)
-        else:
-            y_NO = float32_product(pooled_NG, centred(offset, scale, bits, wide).t(), x.dtype)
-            for rows, w_RI in dense_rows(packed, scale, bits, in_features, x.dtype, kernels):
-                add_product(y_NO[:, rows], x_NI, w_RI.t())
-        ctx.save_for_backward(packed, scale, offset, pooled_NG if ctx.needs_input_grad[3] else None)
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO = product(x_NI, packed, scale, offset, bits, triton_for(x))
+        pooled_NG = x_NI.unflatten(1, (scale.shape[1], -1)).sum(dim=-1) if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(packed, scale, offset, pooled_NG)
         ctx.bits, ctx.x_shape = bits, x.shape
-        return y_NO.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
+        return y_NO.view(*x.shape[:-1], len(packed))
 
     @staticmethod
     @once_differentiable  # the pooled input is saved as a number, so a second derivative would be wrong
     def backward(ctx, grad_y):
         packed, scale, offset, pooled_NG = ctx.saved_tensors
-        dtype, wide = grad_y.dtype, torch.promote_types(grad_y.dtype, torch.float32)
         gy_NO = grad_y.reshape(-1, grad_y.shape[-1])
         grad_x = grad_offset = None
         if ctx.needs_input_grad[3]:
-            grad_offset = float32_product(gy_NO.to(wide).t(), pooled_NG, dtype).to(offset.dtype)
+            grad_offset = (gy_NO.t() @ pooled_NG).to(offset.dtype)
         if ctx.needs_input_grad[0]:
-            in_features = ctx.x_shape[-1]
-            gx_NG = float32_product(gy_NO.to(wide), centred(offset, scale, ctx.bits, wide), dtype)
-            gx_NI = gx_NG.repeat_interleave(in_features // scale.shape[1], dim=1)
-            for rows, w_RI in dense_rows(packed, scale, ctx.bits, in_features, dtype, triton_for(grad_y)):
-                add_product(gx_NI, gy_NO[:, rows], w_RI)
-            grad_x = gx_NI.to(dtype).view(ctx.x_shape)
+            gx_NI = input_gradient(gy_NO, packed, scale, offset, ctx.bits, ctx.x_shape[-1], triton_for(grad_y))
+            grad_x = gx_NI.view(ctx.x_shape)
         return grad_x, None, None, grad_offset, None
 
 
-def pool(x_NI, groups, dtype):
-    """The sum of x over each group of inputs, [N, G] in `dtype`."""
-    return x_NI.unflatten(1, (groups, -1)).sum(dim=-1, dtype=dtype)
-
-
-def centred(offset, scale, bits, dtype):  # [O, G]: what the pooled input is multiplied with
-    return offset.to(dtype) + 2 ** (bits - 1) * scale.to(dtype)
-
-
-def float32_product(a, b, dtype):
-    """a @ b for the pooled term of a layer that computes in `dtype`; on a GPU in TF32 where that has fewer bits anyway.
-
-    Plain float32 would cost a GPU a third of the dense matmul beside it; TF32 keeps more bits than bfloat16.
-    """
-    if not a.is_cuda or a.dtype == dtype:
-        return a @ b
-    setting = torch.backends.cuda.matmul
-    before, setting.fp32_precision = setting.fp32_precision, "tf32"
-    try:
-        return a @ b
-    finally:
-        setting.fp32_precision = before
-
-
-def dense_rows(packed, scale, bits, in_features, dtype, kernels=None):
-    """Yields (rows, w) with w = scale * (codes - 2^(bits-1)) in `dtype`, [rows, I]; w is overwritten by the next one.
-
-    Some rows at a time, so that they are multiplied while in the CPU's cache; all at once by a GPU's kernel.
-    """
+def product(x_NI, packed, scale, offset, bits, kernels=None):
+    """x @ wᵀ, [N, O]. Some rows of w at a time, so that they are multiplied while in a CPU's cache."""
+    tokens, in_features = x_NI.shape
+    if kernels and 0 < tokens <= FEW_TOKENS and kernels.can_multiply(scale, bits, in_features):
+        return kernels.multiply(x_NI, packed, scale, offset, bits)
     if kernels:
-        yield slice(None), kernels.dense(packed, scale, bits, in_features, dtype)
-        return
+        return x_NI @ kernels.dense(packed, scale, offset, bits, in_features, x_NI.dtype).t()
+    y_NO = x_NI.new_empty(tokens, len(packed))
     at_a_time = max(1, DENSE_AT_A_TIME // in_features)
-    w_RI = torch.empty(min(at_a_time, packed.shape[0]), in_features, dtype=dtype, device=packed.device)
-    for start in range(0, packed.shape[0], at_a_time):
-        rows = slice(start, start + at_a_time)
-        w = w_RI[:packed[rows].shape[0]]
-        for piece in zip(*(t.split(ROWS_AT_A_TIME) for t in (w, packed[rows], scale[rows]))):
-            _unpack_scaled(*piece, bits)
-        yield rows, w
+    for rows in (slice(start, start + at_a_time) for start in range(0, len(packed), at_a_time)):
+        quantized = Quantized(unpack(packed[rows], bits, in_features), scale[rows], offset[rows])
+        torch.mm(x_NI, dequantize(quantized, x_NI.dtype).t(), out=y_NO[:, rows])
+    return y_NO
 
 
-def _unpack_scaled(w_RI, packed, scale, bits):  # w = scale * (codes - c); 16-bit floats are rounded once, at the end
-    codes = unpack(packed, bits, w_RI.shape[1]).sub_(2 ** (bits - 1)).view(torch.int8)  # centred while a byte wide
-    wide = torch.promote_types(w_RI.dtype, torch.float32)
-    exact = w_RI if w_RI.dtype == wide else torch.empty_like(w_RI, dtype=wide)
-    exact.copy_(codes).view(*scale.shape, -1).mul_(scale.to(wide).unsqueeze(-1))
-    if exact is not w_RI:
-        w_RI.copy_(exact)
+def input_gradient(gy_NO, packed, scale, offset, bits, in_features, kernels=None):
+    """gy @ w, [N, I]. Some columns of w at a time, as adding up what rows of it give would round a sum again and again.
 
-
-def add_product(total, a, b):  # total += a @ b, where total may be wider than a and b
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+    Bytes from the same place in each plane are a packing too: of the codes at that place in each plane.
+    """
+    planes, group_size = PLANES[bits], in_features // scale.shape[1]
+    if kernels:
+        return gy_NO @ kernels.dense(packed, scale, offset, bits, in_features, gy_NO.dtype)
+    if in_features % 32 or in_features // planes % group_size:  # padding, or a group in two planes
+        return gy_NO @ dequantize(Quantized(unpack(packed, bits, in_features), scale, offset), gy_NO.dtype)
+    packed, scale, offset = packed.unflatten(1, (bits * planes // 8, -1)), *(
+        t.unflatten(1, (planes, -1)) for t in (scale, offset))  # [O, planes, bytes or groups of a plane]
+    gx = gy_NO.new_empty(len(gy_NO), planes, in_features // planes)
+    at_a_time = max(1, DENSE_AT_A_TIME // (len(packed) * planes * group_size))
+    for start in range(0, scale.shape[2], at_a_time):
+        groups = slice(start, start + at_a_time)
+        inputs = slice(start * group_size, (start + at_a_time) * group_size)
+        codes = unpack(packed[..., inputs].flatten(1), bits, None)
+        quantized = Quantized(codes, scale[..., groups].flatten(1), offset[..., groups].flatten(1))
+        gx[..., inputs] = (gy_NO @ dequantize(quantized, gy_NO.dtype)).unflatten(1, (planes, -1))
+    return gx.flatten(1)
 
 
 USE_TRITON = None  # None: for tensors on a GPU that can. Tests set True (Triton's interpreter on a CPU) or False

@@ -18,14 +18,14 @@ import triton.language as tl
 PLANES = {2: 4, 3: 8, 4: 2}  # how many runs of consecutive inputs the bits of a row's bytes hold
 
 
-def dense(packed, scale, bits, in_features, dtype):
-    """scale * (codes - 2^(bits-1)), [O, I] in `dtype`, of packed [O, bytes] and scale [O, G]; any shape."""
+def dense(packed, scale, offset, bits, in_features, dtype):
+    """scale * code + offset, [O, I] in `dtype`, of packed [O, bytes], scale and offset [O, G]; any shape."""
     rows, width = packed.shape
     plane = 8 * width // bits // PLANES[bits]
     w_OI = torch.empty(rows, in_features, dtype=dtype, device=packed.device)
     with torch.cuda.device_of(packed):
         _dense_kernel[triton.cdiv(rows, 8), triton.cdiv(plane, 128)](
-            packed, scale, w_OI, rows, in_features, plane, width, in_features // scale.shape[1],
+            packed, scale, offset.contiguous(), w_OI, rows, in_features, plane, width, in_features // scale.shape[1],
             bits, PLANES[bits], 8, 128)
     return w_OI
 
@@ -62,7 +62,7 @@ def _codes(row, j, k: tl.constexpr, plane, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def _dense_kernel(packed, scale, out, rows, inputs, plane, width, group_size,
+def _dense_kernel(packed, scale, offset, out, rows, inputs, plane, width, group_size,
                   BITS: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
     o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.program_id(1) * BYTES + tl.arange(0, BYTES)[None, :]
@@ -70,9 +70,10 @@ def _dense_kernel(packed, scale, out, rows, inputs, plane, width, group_size,
         i = j + k * plane
         inside = (o < rows) & (j < plane) & (i < inputs)  # a last plane is short where the row was padded
         code = _codes(packed + o * width, j, k, plane, inside, BITS)
-        s = tl.load(scale + o * (inputs // group_size) + i // group_size, mask=inside, other=0).to(tl.float32)
-        w = s * (code - 2 ** (BITS - 1))
-        tl.store(out + o * inputs + i, w.to(out.dtype.element_ty), mask=inside)
+        group = o * (inputs // group_size) + i // group_size
+        s = tl.load(scale + group, mask=inside, other=0).to(tl.float32)
+        b = tl.load(offset + group, mask=inside, other=0)
+        tl.store(out + o * inputs + i, (s * code + b).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

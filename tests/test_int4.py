@@ -31,7 +31,7 @@ def test_a_prepared_layer_multiplies_by_the_same_weights(blocks, groups, group_s
     x = integers(seed, -4, 4, tokens, groups * group_size)
     model = int4.prepare_inference(nn.Sequential(copy.deepcopy(layer)))
     assert isinstance(model[0], int4.Int4Linear)
-    assert {*dict(model[0].named_buffers())} == {"int4", "scale_zero", "centred"}  # the packed original is dropped
+    assert {*dict(model[0].named_buffers())} == {"int4", "scale_zero"}  # the packed original is dropped
     for dtype in (torch.float32, torch.bfloat16):
         y = model(x.to(dtype).view(1, tokens, -1))
         assert y.dtype == dtype and y.shape == (1, tokens, len(w))
@@ -41,14 +41,12 @@ def test_a_prepared_layer_multiplies_by_the_same_weights(blocks, groups, group_s
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
-def test_a_prepared_layer_is_as_exact_as_bfloat16_and_offsets_more_so(tokens):
+def test_a_prepared_layer_errs_by_bfloat16s_rounding_of_scale_and_centred_offset(tokens):
+    """By 0.0035 of the result, measured; a dense bfloat16 layer by 0.0024."""
     layer = QuantLinear.from_quantized(quantize_rtn(normal(0, 128, 1024) * 0.02, 4, 32), 4)
     x = normal(1, tokens, 1024).float()
     exact = x @ layer.dequantize().t()
     assert (int4.prepare_inference(nn.Sequential(layer))(x) - exact).norm() < 0.004 * exact.norm()
-    layer = QuantLinear.from_quantized(Quantized(torch.full((64, 32), 8, dtype=torch.uint8), torch.ones(64, 1).half(),
-                                                 torch.full((64, 1), 2.0 ** -12)), 4)
-    assert (int4.prepare_inference(nn.Sequential(layer))(torch.ones(tokens, 32)) == 32 * (8 + 2.0 ** -12)).all()
 
 
 @pytest.mark.parametrize("bits, rows, group_size", [(3, 64, 32), (2, 64, 32), (4, 48, 32), (4, 64, 16), (4, 64, 48)])

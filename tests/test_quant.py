@@ -401,18 +401,18 @@ def test_its_gradients_pass_finite_differences(bits, rows, groups, group_size, s
     assert torch.autograd.gradcheck(lambda offset: quant_matmul(x.detach(), packed, q.scale, offset, bits), (offset,))
 
 
-@pytest.mark.parametrize("dense_at_a_time, rows_at_a_time", [(1, 1), (64 * 3, 2), (64 * 7, 3), (64 * 200, 64)])
+@pytest.mark.parametrize("at_a_time", [1, 64 * 3, 64 * 7, 64 * 200])
+@pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 16), (3, 8), (2, 4), (2, 32), (4, 64)])  # or in two planes
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_does_not_matter_how_many_rows_are_unpacked_at_a_time(monkeypatch, dtype, dense_at_a_time, rows_at_a_time):
-    x, q = exact_case(0, 7, 2, 32, 4, (5,))
+def test_it_does_not_matter_how_much_is_dequantized_at_a_time(monkeypatch, dtype, bits, group_size, at_a_time):
+    x, q = exact_case(0, 7, 64 // group_size, group_size, bits, (5,))
     grad = integers(1, -1, 1, 5, 7).to(dtype)
     results = []
     for _ in range(2):
         leaf = x.to(dtype).requires_grad_()
-        y = quant_matmul(leaf, pack(q.codes, 4), q.scale, q.offset, 4)
+        y = quant_matmul(leaf, pack(q.codes, bits), q.scale, q.offset, bits)
         results.append([y, *torch.autograd.grad(y, leaf, grad)])
-        monkeypatch.setattr(quant, "DENSE_AT_A_TIME", dense_at_a_time)
-        monkeypatch.setattr(quant, "ROWS_AT_A_TIME", rows_at_a_time)
+        monkeypatch.setattr(quant, "DENSE_AT_A_TIME", at_a_time)
     assert same(*results)
 
 
@@ -425,12 +425,12 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
         first.sum().backward()
 
 
-@pytest.mark.parametrize("bits, times", [(2, 1.5), (3, 1.5), (4, 1.33)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_low_precision_it_errs_little_more_than_a_dense_layer(dtype, bits, times):
-    """Outputs and input gradients: measured, 1.1 to 1.4 times a dense layer's error, 1.26 at 4 bits in bfloat16;
-    uncentred codes would make it 3 times, scales rounded to bfloat16 1.4 times. The offset's gradient is computed
-    from float32 sums and products, so it errs by some 2^-24."""
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype, eps", [(torch.bfloat16, 2 ** -8), (torch.float16, 2 ** -11)])
+def test_in_low_precision_it_errs_no_more_than_a_dense_layer(monkeypatch, dtype, eps, bits):
+    """Weights and results are each rounded once, in input gradients too. The offset's gradient is a product of the
+    rounded pooled input, and rounded. (Codes and offsets apart, in bfloat16, would err three times as much.)"""
+    monkeypatch.setattr(quant, "DENSE_AT_A_TIME", 2 ** 14)  # 16 pieces, whose sum is not to be rounded 16 times
     w, x, grad = normal(0, 256, 1024) * 0.02, normal(1, 64, 1024).to(dtype), normal(2, 64, 256).to(dtype)
     q = quantize_rtn(w, bits, 32)
     x_, offset = x.clone().requires_grad_(), q.offset.clone().requires_grad_()
@@ -439,18 +439,22 @@ def test_in_low_precision_it_errs_little_more_than_a_dense_layer(dtype, bits, ti
     error = lambda got, exact: ((got.double() - exact).norm() / exact.norm()).item()
     w, w_low = dense(q), dequantize(q).to(dtype)
     y_exact, x_grad_exact = x.double() @ w.t(), grad.double() @ w
-    assert error(y, y_exact) < times * error(F.linear(x, w_low), y_exact)
-    assert error(x_.grad, x_grad_exact) < times * error(grad @ w_low, x_grad_exact)
-    assert error(offset.grad, grad.double().t() @ pool(x.double(), 32)) < 1e-6
+    assert error(y, y_exact) < 1.05 * error(F.linear(x, w_low), y_exact)
+    assert error(x_.grad, x_grad_exact) < 1.05 * error(grad @ w_low, x_grad_exact)
+    assert error(offset.grad, grad.double().t() @ pool(x.double(), 32)) < eps
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_small_changes_of_the_offset_survive_low_precision(dtype):
-    """The pooled sums and the offsets stay float32: 4096 * (1 + 2^-12) - 4096 * 1 is 1, not 0."""
-    x = torch.full((1, 64), 128, dtype=dtype)
-    offset = torch.tensor([[1 + 2.0 ** -12, -1]])
-    packed, scale = torch.zeros(1, packed_width(64, 4), dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.float16)
-    assert quant_matmul(x, packed, scale, offset, 4).item() == 1
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_change_of_the_offsets_below_the_dtypes_steps_has_its_whole_effect_in_the_mean(dtype):
+    """bfloat16 has steps of 2^-13 at weights of 0.02, the change is 2^-16. Rounded are the 32 weights of a group, at 32
+    places between two steps; the mean over 256 rows of 4,096 of them varies by 1 %, measured over draws."""
+    q = quantize_rtn(normal(0, 256, 4096) * 0.02, 4, 32)
+    packed, x = pack(q.codes, 4), torch.ones(1, 4096, dtype=dtype)
+    product = lambda offset: (x.double() @ dequantize(q._replace(offset=offset), dtype).double().t()).mean()
+    effect = (product(q.offset + 2.0 ** -16) - product(q.offset)) / 4096
+    assert effect.item() == pytest.approx(2.0 ** -16, rel=0.05)
+    y = quant_matmul(x, packed, q.scale, q.offset + 2.0 ** -16, 4)
+    assert y.dtype == dtype and not torch.equal(y, quant_matmul(x, packed, q.scale, q.offset, 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -466,7 +470,7 @@ def test_backward_keeps_codes_and_pooled_inputs_but_no_dense_weight_and_not_the_
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         quant_matmul(x, packed, q.scale, offset, 4)
     assert x.untyped_storage().data_ptr() not in kept
-    pooled = 64 * 8 * max(4, x.element_size())
+    pooled = 64 * 8 * x.element_size()
     assert sum(kept.values()) <= packed.nbytes + q.scale.nbytes + offset.nbytes + pooled, kept
     x = x * 1
     y, still_there = quant_matmul(x, packed, q.scale, offset, 4), weakref.ref(x)
