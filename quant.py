@@ -204,16 +204,16 @@ def quantize_group(w_gO, factor_gg, bits, search):
 
 def round_in_order(w_gO, factor_gg, scale, offset, bits):
     """GPTQ's codes [g, O], in float, for a group whose scale [O] and offset [O] are given."""
-    drift, error, codes = torch.zeros_like(w_gO), torch.empty_like(w_gO), torch.empty_like(w_gO)
-    scale = scale.float()
-    step = torch.where(scale == 0, 1, scale)
+    step = torch.where(scale == 0, torch.inf, scale.float())  # a group with scale 0 is constant: all its codes are 0
+    w = (w_gO - offset) / step  # in steps, so that an error is w - code
+    drift, error, codes = torch.zeros_like(w), torch.empty_like(w), torch.empty_like(w)
+    diagonal = factor_gg.diagonal().tolist()
 
     def settle(k, _):
-        target = w_gO[k] + drift[k] / factor_gg[k, k]
-        codes[k] = ((target - offset) / step).round_().clamp_(0, 2 ** bits - 1)
-        error[k] = w_gO[k] - (scale * codes[k] + offset)
+        torch.add(w[k], drift[k], alpha=1 / diagonal[k], out=codes[k]).round_().clamp_(0, 2 ** bits - 1)
+        torch.sub(w[k], codes[k], out=error[k])
 
-    in_order(0, len(w_gO), 1, factor_gg, drift, error, settle)
+    in_order(0, len(w), 1, factor_gg, drift, error, settle)
     return codes
 
 
