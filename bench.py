@@ -39,6 +39,9 @@ RANK, ALPHA, BITS, GROUP_SIZE = 64, 16, 4, 32
 WIDE = dataclasses.replace(CONFIGS["7b"], num_hidden_layers=2, vocab_size=512)  # blocks of LLaMA-7B, almost no head
 NARROW = dataclasses.replace(WIDE, hidden_size=1024, intermediate_size=2816, num_attention_heads=8,
                              num_key_value_heads=8, num_hidden_layers=1)
+GROWTH = {"tokens": (128, 256, 512, 1024, 2048, 4096), "layers": (1, 2, 4, 8), "rank": (8, 32, 128, 256),
+          "group size": (16, 32, 64, 128)}
+QUICK_GROWTH = {"tokens": (128, 512, 2048, 4096), "layers": (1, 8), "rank": (8, 256), "group size": (16, 128)}
 
 
 # ---- measuring
@@ -241,13 +244,11 @@ def gptq(size, turns):
     return rows
 
 
-def growth(turns, dtype, device):
-    """How a training step's time grows with tokens, layers, rank and group size, on narrow blocks; a list of rows."""
+def growth(turns, values, dtype, device):
+    """How a training step's time grows with what `values` names, on narrow blocks; a list of rows."""
     dense = Llama(dataclasses.replace(NARROW, num_hidden_layers=8)).to(device, dtype)
     model_of = functools.cache(lambda group_size: quantize_model(copy.deepcopy(dense), BITS, group_size))
     usual = {"tokens": 512, "layers": 1, "rank": RANK, "group size": GROUP_SIZE}
-    values = {"tokens": (128, 256, 512, 1024, 2048, 4096), "layers": (1, 2, 4, 8), "rank": (8, 32, 128, 256),
-              "group size": (16, 32, 64, 128)}
     rows = []
     for name in values:
         for value in values[name]:
@@ -282,7 +283,7 @@ def inference(dense, quantized, facts, turns, dtype, device):
     held = sum(b.nbytes for b in ready.model.layers[0].buffers())
     rows = compare("decoding one token, per block", {
         f"dense {dtype}": one_token(dense, dtype, device),
-        "dense torch.bfloat16": one_token(low, torch.bfloat16, device),
+        "dense torch.bfloat16": one_token(low, torch.bfloat16, device),  # the same, where bfloat16 is native
         f"ours, 4 bits, {8 * held / weights:.2f} bits held a weight": one_token(ready, dtype, device),
         "llama.cpp, Q4_1": llama_cpp_token(quantized) if device == "cpu" else None,
     }, 10 * turns, device, parts=layers, floor=2 * held / facts["copy"])
@@ -331,7 +332,7 @@ def main():
     rows = inference(dense, quantized, facts, turns, dtype, args.device)
     rows += training(dense, quantized, facts, (512,) if args.quick else (512, 2048), turns, dtype, args.device)
     rows += gptq(2048 if args.quick else 4096, turns)
-    rows += growth(2 if args.quick else 5, dtype, args.device)
+    rows += growth(2 if args.quick else 5, QUICK_GROWTH if args.quick else GROWTH, dtype, args.device)
     if args.plot:
         plot([row for row in rows if "axis" in row], args.plot)
     if args.json:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench
-from llama import CONFIGS
+from llama import CONFIGS, compute_dtype
 from quant import dequantize, quantize_gptq
 
 
@@ -75,9 +75,9 @@ def test_everything_is_measured_and_written(monkeypatch, tmp_path, capsys):
     names = {}
     for row in rows:
         names.setdefault(row["what"], []).append(row["name"])
-    assert len(names) == 2 + 2 + 1 + 6 + 4 + 4 + 4  # inference, training, GPTQ, growth
+    assert len(names) == 2 + 2 + 1 + 4 + 2 + 2 + 2  # inference, training, GPTQ, growth
     assert names["training step, one block of 7B, 512 tokens"][:3] == \
-        ["dense torch.float32, LoRA", "ours: 4 bits, QA-LoRA", "ours: NF4, QLoRA"]
+        [f"dense {compute_dtype(torch.bfloat16, 'cpu')}, LoRA", "ours: 4 bits, QA-LoRA", "ours: NF4, QLoRA"]
     assert all(row["ratio"] > 0 and row["from"] <= row["ratio"] <= row["to"] for row in rows if "ratio" in row)
     assert not plot or (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert "llama.cpp, Q4_1" in capsys.readouterr().out
