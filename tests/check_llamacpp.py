@@ -5,8 +5,9 @@
     python tests/check_llamacpp.py runs/tiny | tee results/llamacpp.txt
 
 A person runs this; CI has no llama.cpp and reads files back in test_export.py. It ends with status 1 where a check
-failed. llama.cpp rounds activations to 8 bits, so its logits differ by 1 to 2 %; transformers computes in float32.
-Its own rounding also decides where two tokens are equally likely, so a greedy text may part there, and says so.
+failed. transformers computes in float32. llama.cpp rounds activations to 8 bits where the weights are Q4_1, which moves
+logits by 1 to 3 % and decides a greedy text where two tokens are almost equally likely. That nothing else does is seen
+when it gets the very same weights, of the same file, as float32: then it says what we say.
 """
 
 import argparse
@@ -58,7 +59,8 @@ class LlamaCpp:
     """llama.cpp with a file loaded."""
 
     def __init__(self, file):
-        self.model = llama_cpp.Llama(str(file), n_ctx=512, logits_all=True, n_threads=2, verbose=False)
+        self.model = llama_cpp.Llama(str(file), n_ctx=512, logits_all=True, n_threads=2, verbose=False,
+                                     type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)
 
     def tokenize(self, text):
         return self.model.tokenize(text.encode(), add_bos=False, special=False)
@@ -112,18 +114,22 @@ def compare(folder, file, prompts, texts, greedy=True):
     tokenizer, ours, llamacpp = data.load_tokenizer(folder), Ours(folder), LlamaCpp(file)
     equal = sum(llamacpp.tokenize(text) == tokenizer.encode(text) for text in texts)
     report("llama.cpp: texts with equal tokens", f"{equal} of {len(texts)}", equal == len(texts))
-    for name, client, limit in ("llama.cpp", llamacpp, 0.03), ("transformers", Transformers(file), 0.01):
+    as_float32 = file.with_name(f"{file.stem}-float32.gguf")
+    dequantize_file(file, as_float32, np.float32)
+    for name, client, limit in (("llama.cpp", llamacpp, 0.03), ("llama.cpp, weights as float32", LlamaCpp(as_float32), 0.003),
+                                ("transformers", Transformers(file), 0.003)):
         errors = [relative_error(client.logits(p), ours.logits(p)) for p in prompts]
-        report(f"{name}: relative error of logits", f"{np.mean(errors):.2%} on average, {max(errors):.2%} at most",
+        print(f"  {name}")
+        report("  relative error of logits", f"{np.mean(errors):.2%} on average, {max(errors):.2%} at most",
                max(errors) < limit)
         if greedy:
-            compare_greedy(name, client, ours, prompts, tokenizer.eos_id())
+            compare_greedy(client, ours, prompts, tokenizer.eos_id(), may_part=client is llamacpp)
     if greedy:
         print(f"  such as: {tokenizer.decode(ours.greedy(prompts[0], tokenizer.eos_id()))!r}")
 
 
-def compare_greedy(name, client, ours, prompts, eos):
-    """Greedy texts are equal, or part where our two likeliest tokens are closer than the client's own rounding."""
+def compare_greedy(client, ours, prompts, eos, may_part):
+    """Greedy texts are equal; or, where they may, part where our two likeliest tokens are closer than the rounding."""
     parted = []
     for prompt in prompts:
         theirs, mine = client.greedy(prompt, eos), ours.greedy(prompt, eos)
@@ -134,8 +140,8 @@ def compare_greedy(name, client, ours, prompts, eos):
             parted.append(((expected[mine[n]] - expected[theirs[n]]).item(), 2 * rounding, n))
     told = "".join(f"; one parts at token {n}, two logits {gap:.3f} apart (rounding moves them by {rounding:.3f})"
                    for gap, rounding, n in parted)
-    report(f"{name}: prompts with equal greedy text", f"{len(prompts) - len(parted)} of {len(prompts)}{told}",
-           all(gap <= rounding for gap, rounding, _ in parted) and len(parted) <= len(prompts) / 4)
+    report("  prompts with equal greedy text", f"{len(prompts) - len(parted)} of {len(prompts)}{told}",
+           not parted or (may_part and all(gap <= rounding for gap, rounding, _ in parted)))
 
 
 # ---- what is compared
@@ -210,7 +216,7 @@ def check_back_and_forth(out):
     save_quantized(quantize_model(model, 4, 32), folder)
     (folder / "tokenizer.model").write_bytes((MATERIAL / "llama-tokenizer.model").read_bytes())
     export.export(folder, out / "wide.gguf")
-    dequantize_file(out / "wide.gguf", out / "float.gguf")
+    dequantize_file(out / "wide.gguf", out / "float.gguf", np.float16)
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype, options.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1, 2
     llama_cpp.llama_model_quantize(bytes(out / "float.gguf"), bytes(out / "theirs.gguf"), ctypes.byref(options))
@@ -244,8 +250,8 @@ def check_back_and_forth(out):
     compare(base, out / "tuned.gguf", prompts, seed_texts(), greedy=False)  # random weights have nothing to say
 
 
-def dequantize_file(path, out):
-    """Writes a GGUF file anew with all its matrices in float16."""
+def dequantize_file(path, out, dtype):
+    """Writes a GGUF file anew with all its matrices in `dtype`."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(out, "llama")
     for key, field in reader.fields.items():
@@ -253,7 +259,7 @@ def dequantize_file(path, out):
             writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
     for t in reader.tensors:
         w = gguf.dequantize(t.data, t.tensor_type)
-        writer.add_tensor(t.name, w.astype(np.float16) if w.ndim == 2 else w)
+        writer.add_tensor(t.name, w.astype(dtype) if w.ndim == 2 else w)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
