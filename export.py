@@ -350,13 +350,16 @@ def check_gguf(path, tokenizer):
 def import_gguf(path, folder):
     """Makes the model folder `folder` of a Q4_1 file (without tokenizer.model): nothing is calibrated or quantized.
 
-    d, codes and m are taken as they are; embedding, norms and head are dequantized to float32. Raises UserError as
-    `open_gguf` does, and for numbers that are not finite.
+    d, codes and m are taken as they are; embedding, norms and head are dequantized, to float32 only where the file keeps
+    its embedding so: 16 bits let `compute_dtype` choose bfloat16. Raises UserError as `open_gguf` does, and for numbers
+    that are not finite.
     """
     gguf = gguf_package()
     folder = pathlib.Path(folder)
     reader, config, tensors = open_gguf(path)
     model = quantized_skeleton(config, 4, 32)
+    kept = {"F32": torch.float32, "BF16": torch.bfloat16}
+    dtype = kept.get(tensors["model.embed_tokens.weight"].tensor_type.name, torch.float16)
     weights = {}
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
@@ -366,16 +369,16 @@ def import_gguf(path, folder):
                 raise UserError(f"{path}: {tensor.name} has NaN or infinite values; fetch it again")
             model.set_submodule(module, layer)
         else:
-            weights[name] = functools.partial(dequantized, gguf, path, tensor)
+            weights[name] = functools.partial(dequantized, gguf, path, tensor, dtype)
     save_quantized(fill(model, weights), folder)
     save_rest(reader, [tensors[name] for name in weights], folder / REST)
 
 
-def dequantized(gguf, path, tensor):
-    """A tensor of a GGUF file in float32; UserError where it is not finite."""
-    values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+def dequantized(gguf, path, tensor, dtype):
+    """A tensor of a GGUF file in `dtype`; UserError where it is not finite."""
+    values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).to(dtype)
     if not values.isfinite().all():
-        raise UserError(f"{path}: {tensor.name} has NaN or infinite values; fetch it again")
+        raise UserError(f"{path}: {tensor.name} has NaN or infinite values, or such as {dtype} cannot hold; fetch it again")
     return values
 
 
