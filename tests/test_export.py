@@ -419,7 +419,7 @@ def test_an_imported_base_keeps_its_embedding_in_as_many_bits_as_the_file(tmp_pa
     quantize_file(tmp_path / "in.gguf", CONFIG, data.load_tokenizer(tokenizer_file), Type.F16, change)
     folder = imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base")
     error = relative_error(our_logits(folder, TOKENS), FromFile(tmp_path / "in.gguf").logits(TOKENS))
-    assert error < {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    assert error < {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 5e-2}[dtype]
     model = load_model(folder)
     assert {p.dtype for p in model.parameters()} == {dtype}
     expected = torch.from_numpy(gguf.dequantize(gguf.quantize(values, kind), kind)).to(dtype)
