@@ -10,9 +10,9 @@ the learning rate: each row of the table takes the one whose deployed model answ
 on a seed that is not reported. The people of the test are met only after that, on fresh seeds.
 
 A `Job` is one fine-tuning and all that is deployed from it, so that the three requantizations of QLoRA share their
-adapter unless they prefer another learning rate. The world is larger than train.py's, and so is the model: among those
-tried it knows its people, loses some of them at 2 bits, and gives QA-LoRA's adapters inputs to work with. (Half as
-wide, QA-LoRA falls behind; with 512 people the base learns nothing in the time.)
+adapter unless they prefer another learning rate. World and model are larger than train.py's: among those tried, this
+base knows its people, loses some of them at 2 bits, and gives QA-LoRA's adapters inputs to work with. (Half as wide,
+QA-LoRA falls behind; with 512 people the base learns nothing in the time.)
 """
 
 import concurrent.futures
