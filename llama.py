@@ -205,6 +205,11 @@ class Llama(nn.Module):
         return self.lm_head(x if keep_BT is None else x[keep_BT])
 
 
+def linears(module, names=LINEARS):
+    """[(path, layer)] of the linear layers in a model or a block; a list, so that they can be replaced on the way."""
+    return [(path, layer) for path, layer in module.named_modules() if path.rpartition(".")[2] in names]
+
+
 class Cache:
     """Keys and values of the tokens so far, in memory allocated once; `length` counts the tokens."""
 

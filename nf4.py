@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from llama import LINEARS, Llama, fill, read_config
+from llama import Llama, fill, linears, read_config
 from quant import QuantLinear, load_tensors
 
 BLOCK, SCALE_BLOCK = 64, 256  # weights that share a scale; scales that share one of their own
@@ -119,9 +119,8 @@ def quantize_model_nf4(model, weights=None):
     for i, block in enumerate(tqdm(model.model.layers, "quantizing to NF4", unit="block")):
         if weights is not None:
             fill(block, weights, f"model.layers.{i}.", embedding.dtype, embedding.device)
-        for path, layer in list(block.named_modules()):
-            if path.rpartition(".")[2] in LINEARS:
-                block.set_submodule(path, NF4Linear.from_weight(layer.weight.detach()))
+        for path, layer in linears(block):
+            block.set_submodule(path, NF4Linear.from_weight(layer.weight.detach()))
     return model
 
 
@@ -130,7 +129,6 @@ def load_nf4(folder, dtype=None, device="cpu"):
     folder = pathlib.Path(folder)
     with torch.device("meta"):
         model = Llama(read_config(folder))
-        for name, layer in list(model.named_modules()):
-            if name.rpartition(".")[2] in LINEARS:
-                model.set_submodule(name, NF4Linear(layer.in_features, layer.out_features))
+        for path, layer in linears(model):
+            model.set_submodule(path, NF4Linear(layer.in_features, layer.out_features))
     return load_tensors(model, folder / "model.safetensors", dtype, device)

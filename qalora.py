@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cli import UserError, written_whole
-from llama import LINEARS, read_json
+from llama import LINEARS, linears, read_json
 from quant import QuantLinear, quant_matmul
 
 
@@ -85,18 +85,21 @@ def _adapter(rank, in_features, out_features, device):  # A random, B zero: at f
 def add_adapters(model, rank, alpha, targets=LINEARS):
     """Freezes `model` and replaces its linear layers named in `targets` by adapted ones, in place; returns the model.
 
-    A QuantLinear becomes a QALoRALinear, a float linear a LoRALinear. Raises UserError for a name that is none of the
-    seven linears of a block.
+    A QuantLinear becomes a QALoRALinear, a float linear a LoRALinear. Raises UserError as in `check_targets`.
     """
+    check_targets(targets)
+    model.requires_grad_(False)
+    for path, layer in linears(model, targets):
+        adapted = QALoRALinear if isinstance(layer, QuantLinear) else LoRALinear
+        model.set_submodule(path, adapted(layer, rank, alpha))
+    return model
+
+
+def check_targets(targets):
+    """Raises UserError for a name that is none of the seven linears of a block."""
     for name in targets:
         if name not in LINEARS:
             raise UserError(f"--targets names {name!r}; the linear layers of a block are {', '.join(LINEARS)}")
-    model.requires_grad_(False)
-    for name, layer in list(model.named_modules()):
-        if name.rpartition(".")[2] in targets:
-            adapted = QALoRALinear if isinstance(layer, QuantLinear) else LoRALinear
-            model.set_submodule(name, adapted(layer, rank, alpha))
-    return model
 
 
 def adapter_parameters(model):

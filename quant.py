@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 from cli import UserError, written_whole
-from llama import LINEARS, Llama, fill, open_file, read_config, read_json, rotary_table, write_config
+from llama import LINEARS, Llama, fill, linears, open_file, read_config, read_json, rotary_table, write_config
 
 DENSE_AT_A_TIME = 2 ** 20  # weights: a CPU's caches hold them, and a matmul of fewer spends its time arranging x
 FEW_TOKENS = 16  # up to here a kernel that unpacks as it multiplies beats unpacking once and a dense matmul
@@ -468,10 +468,8 @@ def quantize_block(block, prefix, bits, group_size, hidden=None, rotary=None, se
     `hidden` is advanced to the quantized block's outputs.
     """
     hessians = input_hessians(block, hidden, rotary) if hidden else {}
-    for path, layer in list(block.named_modules()):
+    for path, layer in linears(block):
         name = path.rpartition(".")[2]
-        if name not in LINEARS:
-            continue
         try:
             if hidden:
                 quantized = quantize_gptq(layer.weight, hessians[HEARS_WITH.get(name, name)], bits, group_size, search)
@@ -517,9 +515,8 @@ def quantized_skeleton(config, bits, group_size):
     """A Llama on the meta device whose blocks have QuantLinears: shapes without memory."""
     with torch.device("meta"):
         model = Llama(config)
-        for name, layer in list(model.named_modules()):
-            if name.rpartition(".")[2] in LINEARS:
-                model.set_submodule(name, QuantLinear(layer.in_features, layer.out_features, bits, group_size))
+        for path, layer in linears(model):
+            model.set_submodule(path, QuantLinear(layer.in_features, layer.out_features, bits, group_size))
     return model
 
 

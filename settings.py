@@ -12,6 +12,7 @@ import data
 from cli import Parser, UserError
 from export import check_gguf
 from llama import CONFIGS, LINEARS, Llama, check_device, read_config
+from qalora import check_targets
 from quant import check_group_size, quantization_of
 
 TOY = dict(rank=8, alpha=16.0, lr=1.5e-3, steps=400, batch_size=32, micro_batch_size=32, max_length=256, clip=1.0)
@@ -156,9 +157,7 @@ def check(s):
     if kept and (s["method"], s["bits"], s["group_size"]) != ("qalora", kept.get("bits"), kept.get("group_size")):
         raise UserError(f"{s['weights']} is quantized already, to {kept.get('bits')} bits in groups of "
                         f"{kept.get('group_size')}: leave out --method, --bits and --group-size")
-    unknown = [name for name in s["targets"].split(",") if name not in LINEARS]
-    if unknown:
-        raise UserError(f"--targets names {unknown[0]!r}; the linear layers of a block are {','.join(LINEARS)}")
+    check_targets(s["targets"].split(","))
     if s["weights"] and not s["data"]:
         raise UserError("--data FILE is missing: the instructions to fine-tune on, for example alpaca.json")
     for option in ("data", "calibration"):
@@ -175,14 +174,6 @@ def check(s):
         if pieces > config.vocab_size:
             raise UserError(f"the tokenizer has {pieces} pieces, the embedding only {config.vocab_size}: they do not "
                             "belong together; name the right one with --tokenizer")
-    check_room(s, config)
-
-
-def check_room(s, config):
-    """Raises UserError when the run's folder cannot be written, or its disk cannot hold base, checkpoints and result.
-
-    What lies there already counts as room, as it is used again or replaced.
-    """
     out = pathlib.Path(s["out"])
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -190,16 +181,25 @@ def check_room(s, config):
         (out / ".writable").unlink(missing_ok=True)  # another process may have been faster
     except OSError as e:
         raise UserError(f"--out {out} cannot be written ({e.strerror}); choose another folder") from e
+
+
+def check_room(s, base_is_made):
+    """Raises UserError when the disk cannot hold what the run will write: base (unless made), checkpoints, result.
+
+    What lies in the folder already counts as room, as it is replaced; but an old base is, until a new one is there.
+    """
+    out = pathlib.Path(s["out"])
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(config_of(s["weights"], s["tokenizer"]) if s["weights"] else CONFIGS["tiny"])
     linears = sum(p.numel() for p in model.model.layers.parameters())
     others = sum(p.numel() for p in model.parameters()) - linears
     base = linears * (s["bits"] / 8 + 6 / s["group_size"] if s["method"] == "qalora" else 4) + 4 * others
     pooled = s["group_size"] if s["method"] == "qalora" else 1
     widths = sum(p.shape[0] + p.shape[1] // pooled for name, p in model.named_parameters()
                  if name.split(".")[-2] in s["targets"].split(","))
-    need = base + 2 * 3 * 4 * s["rank"] * widths  # twice an adapter and AdamW's two moments, in float32
-    free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    need = 2 * 3 * 4 * s["rank"] * widths + (0 if base_is_made else base)  # twice an adapter and AdamW's two moments
+    replaced = [f for f in out.rglob("*") if f.is_file() and out / "base" not in f.parents]
+    free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in replaced)
     if need > free:
         raise UserError(f"--out {out} has {free / 1e9:.1f} GB free where the run may need {need / 1e9:.1f} GB; "
                         "choose a disk with more room")

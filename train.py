@@ -33,12 +33,12 @@ import data
 import evals
 from cli import UserError, run_command, written_whole
 from export import import_gguf
-from llama import CONFIGS, LINEARS, Llama, compute_dtype, fill, open_weights, save_pretrained
+from llama import CONFIGS, Llama, compute_dtype, fill, linears, open_weights, save_pretrained
 from merge import base_identity, load_model, merge, save_merged
 from nf4 import quantize_model_nf4
 from qalora import adapter_parameters, add_adapters, restore_adapter, save_adapter
 from quant import quantization_of, quantize_model, save_quantized
-from settings import read_settings
+from settings import check_room, quantized_already, read_settings
 
 TOY_BASE = pathlib.Path("runs/tiny-base")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -72,34 +72,52 @@ def pretrain(world, folder, config=CONFIGS["tiny"], steps=1900, lr=5e-3, seed=0,
 
 # ---- 2. the base
 
-def prepare_base(s, texts):
-    """Makes the run's base/, unless what is there was made from the same weights in the same way.
-
-    Raises UserError when a run that is to be resumed began over another base.
-    """
-    base, weights = pathlib.Path(s["out"]) / "base", pathlib.Path(s["weights"] or TOY_BASE)
-    tokenizer = data.load_tokenizer(s["tokenizer"] or weights)
-    spelling = tokenizer.serialized_model_proto()
+def made_from(s):
+    """What made_from.json says of a base with these settings."""
+    weights = pathlib.Path(s["weights"] or TOY_BASE)
+    spelling = data.load_tokenizer(s["tokenizer"] or weights).serialized_model_proto()
     wanted = {"method": s["method"], "source": fingerprint(weights)}
     wanted |= {"tokenizer": hashlib.sha256(spelling).hexdigest()}
     if s["method"] == "qalora":
         wanted |= {"bits": s["bits"], "group_size": s["group_size"], "quantizer": s["quantizer"]}
+    return wanted
+
+
+def base_is_made(s):
+    """Whether the run's base/ is there and was made from the same weights in the same way.
+
+    Raises UserError when a run that is to be resumed began over another base.
+    """
+    base, weights = pathlib.Path(s["out"]) / "base", s["weights"] or TOY_BASE
     record = base / "made_from.json"
-    found = json.loads(record.read_text()) if record.exists() else None
-    if found == wanted and not s["fresh"]:
+    if s["fresh"] or not record.exists():
+        return False
+    if json.loads(record.read_text()) == made_from(s):
         print(f"base: {base} is already made from these weights in this way")
-        return
-    if found and s["resume"]:
+        return True
+    if s["resume"]:
         raise UserError(f"{weights} or its tokenizer has changed since {base} was made from it, so the run cannot "
                         "go on; put the old files back, or start the run anew without --resume")
-    if found:
-        print(f"base: {base} was made from other weights or in another way; making it anew")
+    print(f"base: {base} was made from other weights or in another way; making it anew")
+    return False
+
+
+def uses_gptq(s):
+    """Whether making the base calls for calibration."""
+    kept = s["weights"] and quantized_already(s["weights"])
+    return s["method"] == "qalora" and s["quantizer"] == "gptq" and not kept
+
+
+def prepare_base(s, texts):
+    """Makes the run's base/, by GPTQ on `texts` where that is wanted."""
+    base, weights = pathlib.Path(s["out"]) / "base", pathlib.Path(s["weights"] or TOY_BASE)
+    tokenizer = data.load_tokenizer(s["tokenizer"] or weights)
     with written_whole(base) as beside:
         beside.mkdir()
-        (beside / "tokenizer.model").write_bytes(spelling)
+        (beside / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
         windows = lambda config: calibration_windows(texts, tokenizer, config, s["calibration_tokens"])
         make_base(s, weights, beside, windows)
-        (beside / record.name).write_text(json.dumps(wanted, indent=2) + "\n")
+        (beside / "made_from.json").write_text(json.dumps(made_from(s), indent=2) + "\n")
 
 
 def make_base(s, weights, folder, calibration):
@@ -342,7 +360,7 @@ def logits_digest(model, examples, batch_size):
 
 def bits_per_weight(model):
     """Bits that the blocks' linear layers and their adapters take, measured from what they hold, per weight."""
-    layers = [m for name, m in model.named_modules() if name.rpartition(".")[2] in LINEARS]
+    layers = [layer for _, layer in linears(model)]
     weights = sum(base.in_features * base.out_features for base in (getattr(m, "base", m) for m in layers))
     return 8 * sum(t.nbytes for m in layers for t in m.state_dict().values()) / weights
 
@@ -373,12 +391,13 @@ def main():
     s = read_settings(__doc__)
     out, say = pathlib.Path(s["out"]), print if RANK == 0 else lambda *words: None
     world, examples = None if s["data"] else data.make_world(), None
+    records, form = (world.train, "toy world") if world else data.read_records(s["data"])
     if s["weights"]:  # so that bad data is found before anything slow; the tiny model's tokenizer is still to be made
-        examples = read_examples(s, world, data.load_tokenizer(s["tokenizer"] or s["weights"]), say)
+        examples = make_examples(s, records, form, data.load_tokenizer(s["tokenizer"] or s["weights"]), say)
     else:
         torch.set_num_threads(1)  # its matrices are so small that a second thread mostly waits
     if RANK == 0:
-        prepare(s, out, world)
+        prepare(s, out, world, records)
     if WORLD > 1:  # the others wait here until the base is made
         if s["device"] == "cuda":
             s["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -386,7 +405,8 @@ def main():
         dist.init_process_group(timeout=datetime.timedelta(days=2))  # NCCL on GPUs, gloo on CPUs
         dist.barrier()
     model, tokenizer = evals.load(out / "base", s["device"])
-    train, held_out = examples or read_examples(s, world, tokenizer, say)
+    train, held_out = examples or make_examples(s, records, form, tokenizer, say)
+    del records  # all of --data
     model.model.checkpointing = bool(s["checkpointing"])
     bits = bits_per_weight(model)
     torch.manual_seed(s["seed"])
@@ -405,17 +425,21 @@ def main():
         dist.destroy_process_group()
 
 
-def prepare(s, out, world):
+def prepare(s, out, world, records):
     """What one process does for all: the run's folder, the tiny model where it is wanted, the base."""
-    texts, newest = calibration_texts(s, world), newest_checkpoint(out)
-    for leftover in [*out.glob(".*.unfinished"), *out.glob(".*.old")]:  # of a run that was killed while it wrote
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    newest = newest_checkpoint(out)
     if s["resume"] and newest and int(newest.name[5:]) > s["steps"]:
         raise UserError(f"--steps {s['steps']}: {newest} has gone further already; give a larger number")
+    if s["weights"] and newest and not (out / "adapter").exists() and not (s["resume"] or s["fresh"]):
+        raise UserError(f"{out} holds an unfinished run: go on with --resume, or remove {newest} to start anew, "
+                        "or choose another --out")
+    tiny_is_wanted = not s["weights"] and (s["fresh"] or not (TOY_BASE / "config.json").exists())
+    made = not tiny_is_wanted and base_is_made(s)
+    check_room(s, made)
+    texts = None if made or not uses_gptq(s) else calibration_texts(s, world, records)  # here a file may be refused
+    for leftover in [*out.glob(".*.unfinished"), *out.glob(".*.old")]:  # of a run that was killed while it wrote
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if not s["resume"]:
-        if s["weights"] and newest and not (out / "adapter").exists() and not s["fresh"]:
-            raise UserError(f"{out} holds an unfinished run: go on with --resume, or remove {newest} to start anew, "
-                            "or choose another --out")
         for folder in out.glob("step-*"):  # under another name first: half a folder is no checkpoint
             shutil.rmtree(folder.rename(out / f".{folder.name}.unfinished"))
         if (out / "adapter").exists():
@@ -424,24 +448,25 @@ def prepare(s, out, world):
     kept = {name: value for name, value in s.items() if name not in ("resume", "fresh", "plot")}
     with written_whole(out / "run.json") as beside:
         beside.write_text(json.dumps(kept, indent=2) + "\n")
-    if not s["weights"] and (s["fresh"] or not (TOY_BASE / "config.json").exists()):
+    if tiny_is_wanted:
         pretrain(data.make_world(), TOY_BASE)
-    prepare_base(s, texts)
+        made = base_is_made(s)  # the same seed makes the same model
+    if not made:
+        prepare_base(s, texts)
 
 
-def calibration_texts(s, world):
+def calibration_texts(s, world, records=()):
     """What GPTQ is calibrated on: --calibration, else the training data, and in the toy world its documents too."""
     if world and not s["calibration"]:
         rng = random.Random(1)
         return [text for _ in range(4) for text in world.documents(rng)] + [f"{r.prompt} {r.response}" for r in world.train]
-    records, _ = data.read_records(s["calibration"] or s["data"])
+    records = data.read_records(s["calibration"])[0] if s["calibration"] else list(records)
     random.Random(0).shuffle(records)
     return [f"{r.prompt} {r.response}".strip() for r in records]
 
 
-def read_examples(s, world, tokenizer, say):
+def make_examples(s, records, form, tokenizer, say):
     """(training examples, examples held out for validation: a twentieth, at most 200)."""
-    records, form = (world.train, "toy world") if world else data.read_records(s["data"])
     examples, truncated = data.encode(records, tokenizer, s["max_length"])
     say(f"data: {len(records)} records in {form} form, {truncated} longer than {s['max_length']} tokens and cut")
     random.Random(s["seed"]).shuffle(examples)

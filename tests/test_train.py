@@ -423,6 +423,27 @@ def test_checkpoints_that_differ_anywhere_are_told_apart(world, place):
     assert train.fingerprint(folder) != train.fingerprint(world / "weights")
 
 
+def test_data_is_read_once_and_calibration_only_for_a_gptq_that_runs(world, tmp_path, monkeypatch):
+    read = data.read_records
+    monkeypatch.setattr(data, "read_records", lambda path: (print(f"reading {path}."), read(path))[1])
+    out, other = tmp_path / "run", dict(calibration=world / "fewer.json")
+    gptq = dict(quantizer="gptq", bits=3, **other)
+    for changed, expected in ((dict(), ["records"]), (other, ["records"]),  # rounding to nearest
+                              (dict(quantizer="gptq"), ["records"]), (gptq, ["records", "fewer"]),
+                              (gptq, ["records"])):  # the base is there
+        text = run(tmp_path / "log", options(world, out, steps=1, **changed))
+        assert re.findall(r"reading \S*?(\w+)\.json", text) == expected, changed
+
+
+def test_a_refused_calibration_leaves_the_finished_run_that_was_there(world, tmp_path):
+    out = tmp_path / "run"
+    run(tmp_path / "log", options(world, out, steps=1))
+    before = {file.name: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    (tmp_path / "bad.json").write_text("[]")
+    run(tmp_path / "log", options(world, out, quantizer="gptq", calibration=tmp_path / "bad.json"), status=2)
+    assert {file.name: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
 def test_another_tokenizer_makes_the_base_anew(world, tmp_path):
     run(tmp_path / "log", options(world, tmp_path / "run", steps=1))
     data.train_tokenizer([ENGLISH], tmp_path / "tokenizer.model", 400)
@@ -506,7 +527,7 @@ def test_checkpointing_recomputes_each_block_and_can_be_left_out(world, tmp_path
 def test_the_loss_is_the_mean_over_the_batchs_response_tokens(world, whole):
     s = json.loads((whole / "run.json").read_text())
     tokenizer = data.load_tokenizer(whole)
-    examples, _ = train.read_examples(s, None, tokenizer, lambda *_: None)
+    examples, _ = train.make_examples(s, *data.read_records(s["data"]), tokenizer, lambda *_: None)
     batch = [examples[i] for i in data.batch_order(tuple(len(e.tokens) for e in examples), 4, 0, 0)]
     model, total, count = quant.load_quantized(whole / "base", torch.float32), 0.0, 0
     for tokens, prompt_length in batch:  # one by one and without padding
@@ -673,6 +694,15 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(world, whole,
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9, 10_000))
     message = refusal(monkeypatch, *options(world, tmp_path / "run"))
     assert "GB free" in message and "more room" in message and not (tmp_path / "run" / "base").exists()
+
+
+def test_a_new_base_needs_room_beside_the_old_one(world, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    half = (tmp_path / "run" / "base" / "model.safetensors").stat().st_size // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - half, half))
+    assert "is already made" in run(tmp_path / "log", options(world, tmp_path / "run"))
+    assert "more room" in refusal(monkeypatch, *options(world, tmp_path / "run", bits=3))
+    assert merge.load_model(tmp_path / "run"), "what was there is gone"
 
 
 def test_running_out_of_memory_says_what_to_lower(world, whole, tmp_path):
