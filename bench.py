@@ -30,7 +30,7 @@ from cli import Parser, run_command, written_whole
 from data import make_world, train_tokenizer
 from export import write_gguf
 from int4 import prepare_inference
-from llama import CONFIGS, LINEARS, Cache, Llama, compute_dtype, rotary_table
+from llama import CONFIGS, LINEARS, Cache, Llama, compute_dtype, linears, rotary_table
 from nf4 import NF4Linear
 from qalora import add_adapters
 from quant import dequantize, min_max_range, nearest_codes, quantize_gptq, quantize_model
@@ -141,9 +141,8 @@ def training_step(blocks, config, tokens, dtype, device):
 def adapted(model, layers=1, rank=RANK, replace=None):
     """A copy of the model's first blocks, each linear put through `replace`, with adapters on all of them."""
     blocks = copy.deepcopy(model.model.layers[:layers])
-    for path, layer in list(blocks.named_modules()):
-        if replace and path.rpartition(".")[2] in LINEARS:
-            blocks.set_submodule(path, replace(layer))
+    for path, layer in linears(blocks) if replace else ():
+        blocks.set_submodule(path, replace(layer))
     return add_adapters(blocks, rank, ALPHA)
 
 
@@ -162,9 +161,8 @@ def bitsandbytes_and_peft(model, device):
         return new.to(device)
 
     blocks = copy.deepcopy(model.model.layers[:1]).requires_grad_(False)
-    for path, layer in list(blocks.named_modules()):
-        if path.rpartition(".")[2] in LINEARS:
-            blocks.set_submodule(path, nf4(layer))
+    for path, layer in linears(blocks):
+        blocks.set_submodule(path, nf4(layer))
     settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS))
     return peft.inject_adapter_in_model(settings, blocks)
 

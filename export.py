@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from cli import Parser, UserError, run_command, written_whole
 from data import load_tokenizer
-from llama import LINEARS, checked_config, fill
+from llama import LINEARS, checked_config, fill, linears
 from merge import check_new, load_model
 from quant import Quantized, QuantLinear, quantized_skeleton, save_quantized, unpack
 
@@ -116,7 +116,7 @@ def offset_rounding(model):
 
 def quantized_layers(model):
     """{name: QuantLinear} of a model; UserError unless all seven of each block are such, in fitting groups."""
-    layers = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in LINEARS}
+    layers = dict(linears(model))
     for name, layer in layers.items():
         if not isinstance(layer, QuantLinear):
             raise UserError(f"{name} is not quantized in groups; only what --method qalora trains becomes Q4_1")
