@@ -92,6 +92,9 @@ def written_whole(path):
             _remove(old)
         else:
             os.replace(beside, path)
+    except OSError as e:  # a full disk's error does not say which file did not fit
+        e.filename = e.filename or str(path)
+        raise
     finally:
         _remove(beside)
 

@@ -153,6 +153,15 @@ def test_a_folder_does_not_replace_a_file(tmp_path):
     assert found(tmp_path) == {"out": b"mine"}
 
 
+def test_an_error_without_a_name_gets_that_of_the_file_it_was_for(tmp_path, capsys):
+    def main():
+        with written_whole(tmp_path / "run.json"), open("/dev/full", "w") as file:
+            file.write("x")
+    assert ending(capsys, main) == (
+        2, f"error: No space left on device: {tmp_path}/run.json; free some space or choose another folder\n")
+    assert found(tmp_path) == {}
+
+
 def test_folders_above_are_made(tmp_path):
     with written_whole(str(tmp_path / "a" / "b" / "file")) as beside:
         beside.write_bytes(b"1")
