@@ -584,6 +584,6 @@ def compute_dtype(stored, device):
 def check_device(device):
     """Raises UserError when PyTorch cannot compute on `device` here."""
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # meta allocates, but holds no numbers
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from None

@@ -117,7 +117,9 @@ def recipe(given):
     if weights:
         kept = quantized_already(weights) or {}
         settings |= {name: kept[name] for name in ("bits", "group_size") if name in kept}
-        settings["lr"] = 1e-5 if config_of(weights, given.get("tokenizer")).hidden_size > 5120 else settings["lr"]
+        config = config_of(weights, given.get("tokenizer"))
+        settings["lr"] = 1e-5 if config.hidden_size > 5120 else settings["lr"]
+        settings["max_length"] = min(settings["max_length"], config.max_position_embeddings)
     return dict(model=model, weights=weights, tokenizer=None, data=None, calibration=None, calibration_tokens=2 ** 18,
                 out=f"runs/{model or pathlib.Path(weights).resolve().stem}", targets=",".join(LINEARS),
                 checkpointing=int(bool(weights)), save_every=100, seed=0,
@@ -132,6 +134,8 @@ def resumed(given):
         raise UserError(f"nothing to resume: there is no {path}; start without --resume, or name the run with --out")
     try:
         settings = json.loads(path.read_text())
+        if not isinstance(settings, dict) or recipe({"model": "tiny"}).keys() - settings:
+            raise ValueError("it lacks settings")
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}); start the run anew without --resume") from e
     for name, value in given.items():
@@ -149,6 +153,9 @@ def check(s):
         if getattr(config, name) != expected:
             raise UserError(f"--model {s['model']} has {name} {expected}, but {s['weights']} has {getattr(config, name)}; "
                             "leave out --model, or name the right --weights")
+    if s["max_length"] > config.max_position_embeddings:
+        raise UserError(f"--max-length {s['max_length']} is more than the model's context of "
+                        f"{config.max_position_embeddings} tokens; lower it")
     if s["method"] == "qalora":
         check_group_size(config, s["group_size"])
     kept = quantized_already(s["weights"]) if s["weights"] else None
@@ -201,5 +208,5 @@ def check_room(s, base_is_made):
     replaced = [f for f in out.rglob("*") if f.is_file() and out / "base" not in f.parents]
     free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in replaced)
     if need > free:
-        raise UserError(f"--out {out} has {free / 1e9:.1f} GB free where the run may need {need / 1e9:.1f} GB; "
+        raise UserError(f"--out {out} has {free / 1e9:.3f} GB free where the run may need {need / 1e9:.3f} GB; "
                         "choose a disk with more room")

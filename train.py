@@ -73,14 +73,14 @@ def pretrain(world, folder, config=CONFIGS["tiny"], steps=1900, lr=5e-3, seed=0,
 # ---- 2. the base
 
 def made_from(s):
-    """What made_from.json says of a base with these settings."""
+    """The text of made_from.json for a base with these settings."""
     weights = pathlib.Path(s["weights"] or TOY_BASE)
     spelling = data.load_tokenizer(s["tokenizer"] or weights).serialized_model_proto()
     wanted = {"method": s["method"], "source": fingerprint(weights)}
     wanted |= {"tokenizer": hashlib.sha256(spelling).hexdigest()}
     if s["method"] == "qalora":
         wanted |= {"bits": s["bits"], "group_size": s["group_size"], "quantizer": s["quantizer"]}
-    return wanted
+    return json.dumps(wanted, indent=2) + "\n"
 
 
 def base_is_made(s):
@@ -92,7 +92,7 @@ def base_is_made(s):
     record = base / "made_from.json"
     if s["fresh"] or not record.exists():
         return False
-    if json.loads(record.read_text()) == made_from(s):
+    if record.read_bytes() == made_from(s).encode():
         print(f"base: {base} is already made from these weights in this way")
         return True
     if s["resume"]:
@@ -117,7 +117,7 @@ def prepare_base(s, texts):
         (beside / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
         windows = lambda config: calibration_windows(texts, tokenizer, config, s["calibration_tokens"])
         make_base(s, weights, beside, windows)
-        (beside / "made_from.json").write_text(json.dumps(made_from(s), indent=2) + "\n")
+        (beside / "made_from.json").write_text(made_from(s))
 
 
 def make_base(s, weights, folder, calibration):
@@ -335,14 +335,21 @@ def newest_checkpoint(out):
 
 
 def load_checkpoint(out, model, optimizer):
-    """Restores the newest checkpoint into the adapters and the optimizer; returns its step, 0 when there is none."""
+    """Restores the newest checkpoint into the adapters and the optimizer; returns its step, 0 when there is none.
+
+    Raises UserError when it is damaged.
+    """
     folder = newest_checkpoint(out)
     if folder is None:
         return 0
     restore_adapter(model, folder)
-    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    try:
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+    except Exception as e:  # a broken file can raise anything: the parser is not ours
+        raise UserError(f"{folder}/optimizer.pt is missing or damaged ({type(e).__name__}); remove {folder} and start "
+                        "the run anew without --resume") from e
 
 
 # ---- 4. merging, and 5. scoring

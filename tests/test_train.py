@@ -364,8 +364,25 @@ def test_resuming_refuses_what_would_be_another_run(world, whole, tmp_path, monk
     assert "--steps 3" in refusal(monkeypatch, "--resume", "--out", whole, "--steps", 3)
     assert "--fresh" in refusal(monkeypatch, "--resume", "--out", whole, "--fresh")
     shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_text('{"steps": 6')
-    assert "run.json is damaged" in refusal(monkeypatch, "--resume", "--out", tmp_path / "run")
+    for damaged in ('{"steps": 6', '{"steps": 6}', "[]"):
+        (tmp_path / "run" / "run.json").write_text(damaged)
+        assert "run.json is damaged" in refusal(monkeypatch, "--resume", "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["step-6/optimizer.pt", "step-6/adapter.safetensors", "base/model.safetensors",
+                                  "base/config.json", "base/tokenizer.model", "base/made_from.json"])
+@pytest.mark.parametrize("content", [b"", b"garbage\xff", None])
+def test_resuming_over_a_damaged_file_is_refused_in_one_line(world, whole, tmp_path, name, content):
+    file = shutil.copytree(whole, tmp_path / "run") / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    words = ["--resume", "--out", str(tmp_path / "run")]
+    if name == "base/made_from.json" and content is None:
+        run(tmp_path / "log", words)  # makes the base again
+    else:
+        run(tmp_path / "log", words, status=2)
+    assert adapter(tmp_path / "run") == adapter(whole)
 
 
 def test_resuming_over_changed_weights_is_refused(world, tmp_path, monkeypatch):
@@ -670,7 +687,9 @@ def test_a_size_that_contradicts_the_files_shows_both(world, tmp_path, monkeypat
     (dict(bits=5), "--bits"), (dict(model="8b"), "unknown --model 8b"), (dict(targets="q_proj,w_proj"), "'w_proj'"),
     (dict(lr="nan"), "--lr"), (dict(steps=0), "--steps"), (dict(seed=2 ** 70), "--seed"),
     (dict(data="missing.json"), "missing.json: there is no such file"), (dict(data=None), "--data FILE is missing"),
-    (dict(device="cuda:99"), "--device cuda:99"), (dict(group_size=7), "model.layers.0.self_attn.q_proj"),
+    (dict(device="cuda:99"), "--device cuda:99"), (dict(device="meta"), "--device meta"),
+    (dict(max_length=257), "--max-length 257 is more than the model's context of 256 tokens"),
+    (dict(group_size=7), "model.layers.0.self_attn.q_proj"),
     (dict(max_length=4), "raise --max-length"), (dict(weights="nowhere"), "there are no weights in nowhere")])
 def test_a_wrong_option_is_refused_and_leaves_nothing(world, tmp_path, monkeypatch, changed, expected):
     assert expected in refusal(monkeypatch, *options(world, tmp_path / "run", **changed))
