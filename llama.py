@@ -351,7 +351,7 @@ def checked_config(path, fields):
         if value is dataclasses.MISSING or value is None:
             raise UserError(f"{path}: {field.name} is missing")
         smallest = 0 if field.name.endswith("token_id") else 1
-        good = {int: type(value) is int and value >= smallest, bool: type(value) is bool,
+        good = {int: type(value) is int and smallest <= value < 2 ** 24, bool: type(value) is bool,
                 float: type(value) in (int, float) and 0 < value < math.inf}
         if not good[field.type]:
             raise UserError(f"{path}: {field.name} = {json.dumps(value)} is not a sensible {field.type.__name__}")

@@ -12,6 +12,7 @@ nothing else is drawn at random: so a resumed run goes on to the same bits, and 
 
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import math
@@ -301,9 +302,9 @@ def metrics_from(out, done):
     if RANK:
         yield lambda line: None
         return
-    lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
+    lines = path.read_bytes().splitlines(keepends=True)[:done] if path.exists() else []
     with written_whole(path) as beside:
-        beside.write_text("".join(lines))
+        beside.write_bytes(b"".join(lines))
     with open(path, "a", buffering=1) as file:  # by lines, so that what has happened can be read at any time
         yield lambda line: file.write(json.dumps(line) + "\n")
 
@@ -396,6 +397,29 @@ def table(rows):
 
 def main():
     s = read_settings(__doc__)
+    with kept_from_other_runs(s["out"]):
+        whole_run(s)
+
+
+@contextlib.contextmanager
+def kept_from_other_runs(out):
+    """Raises UserError when another run is at work in `out`: the two would clear each other's files away."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        if RANK == 0:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+    except BlockingIOError as e:
+        raise UserError(f"another run is at work in {out}; wait for its end, or choose another --out") from e
+    except OSError:  # some network file systems lock no folders
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+def whole_run(s):
+    """Everything that the module's docstring promises of a run with these settings."""
     out, say = pathlib.Path(s["out"]), print if RANK == 0 else lambda *words: None
     world, examples = None if s["data"] else data.make_world(), None
     records, form = (world.train, "toy world") if world else data.read_records(s["data"])

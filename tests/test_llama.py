@@ -468,7 +468,8 @@ def test_metas_config_has_its_own_defaults(tmp_path):
     ("head_dim", 8), ("sliding_window", 4096), ("partial_rotary_factor", 0.5), ("quantization_config", {"bits": 4}),
     ("auto_map", {"AutoModel": "own.py"}),
     ("vocab_size", ...), ("vocab_size", 24.0), ("hidden_size", None), ("num_hidden_layers", 0), ("hidden_size", True),
-    ("rms_norm_eps", -1e-5), ("rms_norm_eps", "1e-5"), ("rope_theta", float("nan")), ("eos_token_id", [1, 2]),
+    ("hidden_size", 2 ** 40), ("num_hidden_layers", 10 ** 9), ("rms_norm_eps", -1e-5), ("rms_norm_eps", "1e-5"),
+    ("rope_theta", float("nan")), ("eos_token_id", [1, 2]),
     ("tie_word_embeddings", "no"),
 ])
 def test_a_config_that_asks_for_another_model_is_refused_by_name(tmp_path, name, value):

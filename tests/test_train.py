@@ -385,6 +385,19 @@ def test_resuming_over_a_damaged_file_is_refused_in_one_line(world, whole, tmp_p
     assert adapter(tmp_path / "run") == adapter(whole)
 
 
+def test_two_runs_at_once_do_not_share_a_folder(world, tmp_path):
+    out = tmp_path / "run"
+    first = fork(tmp_path / "first-log", options(world, out, steps=100_000))
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 2, first)
+    for words in (options(world, out), ["--resume", "--out", str(out)]):
+        assert f"another run is at work in {out}" in run(tmp_path / "log", words, status=2)
+    os.kill(first, signal.SIGKILL)
+    wait(first)
+    steps = int(train.newest_checkpoint(out).name[5:]) + 2
+    run(tmp_path / "log", ["--resume", "--out", str(out), "--steps", str(steps)])
+    assert len(metrics(out)) == steps
+
+
 def test_resuming_over_changed_weights_is_refused(world, tmp_path, monkeypatch):
     shutil.copytree(world / "weights", tmp_path / "weights")
     words = options(world, tmp_path / "run", weights=tmp_path / "weights")
