@@ -28,6 +28,9 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(main):
     """Calls `main()`; what a user or a machine can cause ends as `error: ...` on stderr with exit status 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed from the start: `python train.py >&-`
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         try:
             main()

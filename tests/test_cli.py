@@ -95,6 +95,21 @@ def test_output_that_nobody_takes_is_no_traceback(lines, where, status, said):
     assert ended.stderr.count("\n") == (1 if said else 0), ended
 
 
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_a_command_whose_output_is_closed_from_the_start_does_its_work(tmp_path, closed):
+    (tmp_path / "command.py").write_text(
+        "import sys; sys.modules['torch'] = sys.modules['safetensors'] = s = type(sys)('stand_in')\n"
+        "s.OutOfMemoryError = s.SafetensorError = MemoryError\n"
+        "import cli, pathlib\n"
+        "def main():\n"
+        "    print('to nobody'), print('to nobody', file=sys.stderr), sys.stderr.write('bar')\n"
+        "    pathlib.Path(sys.argv[1]).write_text('done')\n"
+        "cli.run_command(main)\n")
+    ended = subprocess.run(f'"{sys.executable}" "{tmp_path}/command.py" "{tmp_path}/result" {closed}', shell=True,
+                           capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (ended.returncode, (tmp_path / "result").read_text()) == (0, "done"), ended
+
+
 @pytest.mark.parametrize("arguments", [["--bist", "4"], ["--bits"], ["--bits", "four"], ["--bi", "4"]])
 def test_a_wrong_option_is_a_user_error_too(capsys, arguments):
     parser = Parser(prog="train.py")
