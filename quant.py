@@ -546,8 +546,13 @@ def quantization_of(folder):
     if not path.exists():
         return None  # Meta's original folders have none
     quantization = read_json(path).get("quantization")
-    if not isinstance(quantization, dict | None):
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
         raise UserError(f"{path}: quantization = {json.dumps(quantization)} says nothing of bits and group size")
+    bits, group_size = quantization.get("bits"), quantization.get("group_size")
+    if bits not in (2, 3, 4) or type(bits) is not int or type(group_size) is not int:
+        raise UserError(f"{path}: quantization to {bits} bits in groups of {group_size} is not supported")
     return quantization
 
 
@@ -562,9 +567,7 @@ def load_quantized(folder, dtype=None, device="cpu"):
     if quantization is None:
         raise UserError(f"{folder} holds no quantized model; make one with train.py --weights {folder}")
     config, file = read_config(folder), folder / "model.safetensors"
-    bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    if bits not in (2, 3, 4) or type(bits) is not int or type(group_size) is not int:
-        raise UserError(f"{folder}/config.json: quantization to {bits} bits in groups of {group_size} is not supported")
+    bits, group_size = quantization["bits"], quantization["group_size"]
     check_group_size(config, group_size)
     return load_tensors(quantized_skeleton(config, bits, group_size), file, dtype, device)
 

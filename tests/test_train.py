@@ -217,6 +217,14 @@ def test_a_real_llama_from_float_to_merged_int4_killed_on_the_way(material, tmp_
     assert text.strip()
 
 
+@pytest.mark.parametrize("quantization", [3, {}, {"bits": 4}, {"bits": [], "group_size": 32}])
+def test_weights_quantized_in_a_way_that_is_none_are_refused(world, tmp_path, monkeypatch, quantization):
+    shutil.copytree(world / "weights", tmp_path / "odd")
+    llama.write_config(CONFIG, tmp_path / "odd", {"quantization": quantization})
+    message = refusal(monkeypatch, *options(world, tmp_path / "run", weights=tmp_path / "odd"))
+    assert f"{tmp_path / 'odd'}/config.json: quantization" in message and not (tmp_path / "run").exists()
+
+
 def test_a_merged_model_can_be_fine_tuned_again(world, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["merge.py", str(whole), "--out", str(tmp_path / "merged")])
     merge.main()
