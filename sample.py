@@ -81,9 +81,11 @@ def main():
         parser.error("--max-new-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1")
     if not 0 <= args.seed < 2 ** 63:
         parser.error(f"--seed {args.seed} is not between 0 and 2**63")
+    prompt = args.prompt if args.instruction is None else alpaca_prompt(args.instruction, args.input)
+    if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python passes on bytes that are no UTF-8
+        parser.error("the prompt is not UTF-8")
     model, tokenizer = load(args.folder, args.device)
     prepare_inference(model)  # takes seconds for a 7b, and each token then a tenth of the time
-    prompt = args.prompt if args.instruction is None else alpaca_prompt(args.instruction, args.input)
     sample(model, tokenizer, prompt, write, echo=args.instruction is None, max_new_tokens=args.max_new_tokens,
            temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     print()

@@ -398,7 +398,13 @@ def table(rows):
 def main():
     s = read_settings(__doc__)
     with kept_from_other_runs(s["out"]):
-        whole_run(s)
+        try:
+            whole_run(s)
+        except RuntimeError as e:
+            if WORLD == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):  # gloo has no error of its own
+                raise
+            raise UserError(f"process {RANK} of {WORLD} has lost another, whose own message says why; go on with "
+                            f"the same command and --resume --out {s['out']}") from e
 
 
 @contextlib.contextmanager

@@ -197,6 +197,7 @@ def test_an_instruction_goes_into_alpacas_template_and_only_the_response_is_show
     (["--prompt", "a", "--input", "b"], "--input belongs to --instruction"),
     (["--prompt", "a", "--temperature", "-1"], "--temperature at least 0"),
     (["--prompt", "a", "--temperature", "nan"], "--temperature at least 0"),
+    (["--prompt", "a\udcff"], "not UTF-8"),
     (["--prompt", "a", "--top-p", "0"], "--top-p above 0"), (["--prompt", "a", "--top-p", "1.1"], "at most 1"),
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     (["--prompt", "a", "--seed", "-1"], "--seed -1"), (["--prompt", "a"], "is no folder")])

@@ -671,18 +671,35 @@ def test_two_processes_train_as_one_does(world, tmp_path, micro):
         torch.testing.assert_close(a[name].read(), b[name].read(), rtol=1e-2, atol=1e-4)
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(world, tmp_path):
-    out = tmp_path / "run"
+def fork_two(folder, words):
+    """Starts one run in two processes, which log to log-0 and log-1; returns their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = options(world, out, steps=100_000, save_every=100_000)
-    pids = [fork(tmp_path / f"log-{rank}", words, rank=rank, processes=2, port=port) for rank in range(2)]
+    return [fork(folder / f"log-{rank}", words, rank=rank, processes=2, port=port) for rank in range(2)]
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(world, tmp_path):
+    out = tmp_path / "run"
+    pids = fork_two(tmp_path, options(world, out, steps=100_000, save_every=100_000))
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 2, pids[0])
     os.kill(pids[1], signal.SIGTERM)
     assert [wait(pid) for pid in pids] == [1, 1], [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
     assert train.newest_checkpoint(out).name == f"step-{len(metrics(out))}"
     assert "go on with" in (tmp_path / "log-0").read_text() and "go on with" not in (tmp_path / "log-1").read_text()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_death_of_one_of_two_processes_is_one_line_in_the_other(world, tmp_path, killed):
+    out = tmp_path / "run"
+    pids = fork_two(tmp_path, options(world, out, steps=100_000))
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 2, pids[0])
+    os.kill(pids[killed], signal.SIGKILL)
+    assert wait(pids[killed]) == -signal.SIGKILL and wait(pids[1 - killed]) == 2
+    text = (tmp_path / f"log-{1 - killed}").read_text()
+    assert "Traceback" not in text and text.count("error: ") == 1 and f"--resume --out {out}" in text, text
+    steps = int(train.newest_checkpoint(out).name[5:]) + 2
+    run(tmp_path / "log", ["--resume", "--out", str(out), "--steps", str(steps)])
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(world, tmp_path, monkeypatch):
