@@ -277,6 +277,9 @@ def open_gguf(path):
     if f"blk.{config.num_hidden_layers - 1}.attn_norm.weight" not in found:  # a damaged number may ask for millions
         raise UserError(f"{path}: has no tensors for the last of {config.num_hidden_layers} layers; fetch it again, "
                         "or join the parts of a split file with llama-gguf-split --merge")
+    if config.hidden_size % 32 or config.intermediate_size % 32:
+        raise UserError(f"{path}: widths of {config.hidden_size} and {config.intermediate_size} are not both "
+                        "multiples of 32, so not all its layers can be Q4_1")
     model = quantized_skeleton(config, 4, 32)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     shapes |= {f"{name}.weight": (m.out_features, m.in_features) for name, m in quantized_layers(model).items()}
@@ -288,6 +291,10 @@ def open_gguf(path):
         check_tensor(gguf, path, tensor, shape, name.split(".")[-2] in LINEARS)
     if found:
         raise UserError(f"{path}: {next(iter(found))} is unexpected; LLaMA has no such weight")
+    in_order = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
+    for before, tensor in zip(in_order, in_order[1:]):
+        if not 0 <= tensor.data_offset - before.data_offset - before.n_bytes < reader.alignment:
+            raise UserError(f"{path}: {tensor.name} does not begin where {before.name} ends; fetch it again")
     return reader, config, tensors
 
 
@@ -300,7 +307,7 @@ def check_tensor(gguf, path, tensor, shape, linear):
         raise UserError(f"{path}: {tensor.name} is {tensor.tensor_type.name}, and only Q4_1 can take up an adapter; "
                         "make the file anew with llama-quantize MODEL.gguf OUT.gguf Q4_1")
     try:
-        gguf.dequantize(tensor.data[:1], tensor.tensor_type)
+        gguf.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
     except NotImplementedError:
         raise UserError(f"{path}: {tensor.name} is {tensor.tensor_type.name}, which the gguf package cannot read; "
                         "make the file anew with llama-quantize MODEL.gguf OUT.gguf Q4_1") from None
@@ -350,9 +357,9 @@ def check_gguf(path, tokenizer):
 def import_gguf(path, folder):
     """Makes the model folder `folder` of a Q4_1 file (without tokenizer.model): nothing is calibrated or quantized.
 
-    d, codes and m are taken as they are; embedding, norms and head are dequantized, to float32 only where the file keeps
-    its embedding so: 16 bits let `compute_dtype` choose bfloat16. Raises UserError as `open_gguf` does, and for numbers
-    that are not finite.
+    d, codes and m are taken as they are; embedding, norms and head are dequantized, to float32 only where the file
+    keeps its embedding so: 16 bits let `compute_dtype` choose bfloat16. Raises UserError as `open_gguf` does, and for
+    numbers that are not finite.
     """
     gguf = gguf_package()
     folder = pathlib.Path(folder)
@@ -378,7 +385,8 @@ def dequantized(gguf, path, tensor, dtype):
     """A tensor of a GGUF file in `dtype`; UserError where it is not finite."""
     values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).to(dtype)
     if not values.isfinite().all():
-        raise UserError(f"{path}: {tensor.name} has NaN or infinite values, or such as {dtype} cannot hold; fetch it again")
+        raise UserError(f"{path}: {tensor.name} has NaN or infinite values, or such as {dtype} cannot hold; "
+                        "fetch it again")
     return values
 
 

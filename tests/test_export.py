@@ -478,9 +478,11 @@ STRING = gguf.GGUFValueType.STRING
     (put("llama.expert_count", 8), "llama.expert_count = 8 is not supported"),
     (put("llama.attention.key_length", 32), "llama.attention.key_length = 32 is not supported"),
     (put("llama.rope.dimension_count", 8), "head_dim = 8 contradicts"),
-    (put("llama.block_count", 2 ** 31), "no tensors for the last of 2147483648 layers"),
+    (put("llama.block_count", 2 ** 23), "no tensors for the last of 8388608 layers"),
+    (put("llama.feed_forward_length", 2 ** 63, gguf.GGUFValueType.UINT64), "intermediate_size = 9223372036854775808"),
     (put("llama.attention.head_count", 3), "do not divide into even-sized heads"),
     (put("llama.feed_forward_length", 128), "has the shape"),
+    (put("llama.feed_forward_length", 172), "widths of 64 and 172 are not both multiples of 32"),
     (put("tokenizer.ggml.model", "gpt2", STRING), "its tokenizer is of kind gpt2"),
     (put("tokenizer.ggml.tokens", ["a", "b"], gguf.GGUFValueType.ARRAY), "has the shape"),
     (put("tokenizer.ggml.tokens", ["x"] * 300, gguf.GGUFValueType.ARRAY), "piece 0 of its vocabulary is 'x'"),
@@ -497,6 +499,32 @@ def test_a_gguf_file_that_cannot_be_a_base_is_refused_with_the_reason(tmp_path, 
         imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base")
     assert "\n" not in str(e.value) and str(tmp_path / "in.gguf") in str(e.value)
     assert not list((tmp_path / "base").iterdir())
+
+
+def test_norms_may_have_any_type_too(tmp_path, tokenizer_file):
+    change = put_tensor("output_norm.weight", gguf.quantize(np.ones(64, np.float32), Type.Q8_0), Type.Q8_0)
+    quantize_file(tmp_path / "in.gguf", CONFIG, data.load_tokenizer(tokenizer_file), change=change)
+    export.export(imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base"), tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "in.gguf").read_bytes()
+
+
+def test_a_file_with_two_tensors_in_one_place_is_refused(tmp_path, tokenizer_file):
+    quantize_file(tmp_path / "in.gguf", CONFIG, data.load_tokenizer(tokenizer_file))
+    raw, name = bytearray((tmp_path / "in.gguf").read_bytes()), b"blk.0.ffn_gate.weight"
+    offset = raw.index(name) + len(name) + 4 + 2 * 8 + 4  # after the number of dimensions, both of them, and the type
+    raw[offset:offset + 8] = bytes(8)
+    (tmp_path / "in.gguf").write_bytes(raw)
+    with pytest.raises(UserError, match="blk.0.ffn_gate.weight does not begin where token_embd.weight ends"):
+        imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base")
+
+
+def test_a_file_with_a_tensor_shorter_than_its_place_is_refused(tmp_path, tokenizer_file):
+    quantize_file(tmp_path / "in.gguf", CONFIG, data.load_tokenizer(tokenizer_file))
+    raw, name = bytearray((tmp_path / "in.gguf").read_bytes()), b"blk.1.ffn_norm.weight"
+    raw[raw.index(name) + len(name) + 4 + 8] = Type.Q4_0  # it was F32
+    (tmp_path / "in.gguf").write_bytes(raw)
+    with pytest.raises(UserError, match="does not begin where blk.1.ffn_norm.weight ends"):
+        imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base")
 
 
 @given(st.data())
