@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from cli import Parser, UserError, run_command, written_whole
 from data import load_tokenizer
-from llama import LINEARS, checked_config, fill, linears
+from llama import LINEARS, checked_config, fill, linears, open_file
 from merge import check_new, load_model
 from quant import Quantized, QuantLinear, quantized_skeleton, save_quantized, unpack
 
@@ -402,14 +402,14 @@ def save_rest(reader, others, path):
 
 def write_back(model, rest, path):
     """Writes a model that came from a GGUF file as one: the old file's bytes, but for the quantized layers."""
-    with safetensors.safe_open(rest, framework="pt") as kept:
-        layout = kept.metadata()
-        path.write_bytes(kept.get_tensor("header").numpy())
-        blocks = {gguf_name(name): functools.partial(to_q4_1, layer, rotary_heads(name, model.config))
-                  for name, layer in quantized_layers(model).items()}
-        places = [(offset, blocks.get(name) or functools.partial(kept.get_tensor, name))
-                  for name, offset in json.loads(layout["places"]).items()]
-        write_tensors(path, 0, places, int(layout["size"]))
+    kept = open_file(rest)
+    with safetensors.safe_open(rest, framework="pt") as file:
+        layout = file.metadata()
+    path.write_bytes(kept["header"].read().numpy())
+    blocks = {gguf_name(name): functools.partial(to_q4_1, layer, rotary_heads(name, model.config))
+              for name, layer in quantized_layers(model).items()}
+    places = [(offset, blocks.get(name) or kept[name].read) for name, offset in json.loads(layout["places"]).items()]
+    write_tensors(path, 0, places, int(layout["size"]))
 
 
 # ---- the command

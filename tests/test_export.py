@@ -610,6 +610,15 @@ def test_the_type_of_embeddings_that_came_from_a_file_cannot_be_chosen(tmp_path,
         export.export(folder, tmp_path / "out.gguf", "f16")
 
 
+def test_what_was_kept_of_a_file_and_is_damaged_since_is_refused(tmp_path, tokenizer_file):
+    quantize_file(tmp_path / "in.gguf", CONFIG, data.load_tokenizer(tokenizer_file))
+    kept = imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base") / export.REST
+    kept.write_bytes(kept.read_bytes()[:5000])
+    with pytest.raises(UserError, match="gguf.safetensors: .* truncated"):
+        export.export(tmp_path / "base", tmp_path / "out.gguf")
+    assert not list(tmp_path.glob("*out.gguf*"))
+
+
 def test_without_the_gguf_package_one_line_names_it(folder_of, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="pip install gguf"):
