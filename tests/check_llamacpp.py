@@ -5,11 +5,11 @@
     python tests/check_llamacpp.py runs/tiny | tee results/llamacpp.txt
 
 A person runs this; CI has no llama.cpp and reads files back in test_export.py. It ends with status 1 where a check
-failed. transformers computes in float32. llama.cpp rounds activations to 8 bits where the weights are Q4_1, which moves
-logits by 1 to 3 % and decides a greedy text where two tokens are almost equally likely. Two things show that nothing
-else does. Given the very same weights, of the same file, as float32, it says what we say. And from its own results so
-far, each of its layers goes on as ours does with activations rounded in the same way. (From the tokens on, no
-emulation stays with it: now and then the last bit decides how an activation is rounded, then many in the next layers.)
+failed. transformers computes in float32. llama.cpp rounds activations to 8 bits where the weights are Q4_1, which
+moves logits by 1 to 3 % and decides a greedy text where two tokens are almost equally likely. Two things show that
+nothing else does. Given the very same weights, of the same file, as float32, it says what we say. And from its own
+results so far, each of its layers goes on as ours does with activations rounded in the same way. (From the tokens on,
+no emulation stays with it: now and then the last bit decides how one activation is rounded, and later many more.)
 """
 
 import argparse
@@ -240,7 +240,7 @@ def compare_rounding(client, in_file, prompts, error):
 
 
 def compare_greedy(client, ours, prompts, eos, may_part):
-    """Greedy texts are equal; or, where they may, part where our two likeliest tokens are closer than the rounding."""
+    """Greedy texts are equal; or, where they may, part where our likeliest tokens are closer than the rounding."""
     parted = []
     for prompt in prompts:
         theirs, mine = client.greedy(prompt, eos), ours.greedy(prompt, eos)
