@@ -10,9 +10,11 @@ the learning rate: each row of the table takes the one whose deployed model answ
 on a seed that is not reported. The people of the test are met only after that, on fresh seeds.
 
 A `Job` is one fine-tuning and all that is deployed from it, so that the three requantizations of QLoRA share their
-adapter unless they prefer another learning rate. World and model are larger than train.py's: among those tried, this
-base knows its people, loses some of them at 2 bits, and gives QA-LoRA's adapters inputs to work with. (Half as wide,
-QA-LoRA falls behind; with 512 people the base learns nothing in the time.)
+adapter unless they prefer another learning rate. World and model are larger than train.py's: on seed 0 this base
+knows most of its people (multiple choice 84.7 %, after 2-bit GPTQ in groups of 32 78.2 %). Two others did not serve:
+half as wide, in groups of 8, QA-LoRA fell behind; with 512 people, 8 layers and half the feed-forward width the base
+knew hardly anybody (12.5 %). Fine-tuned on all examples it answers nearly every question at any bit width, so look at
+the rows with an eighth of the examples too.
 """
 
 import concurrent.futures
