@@ -70,7 +70,7 @@ class Job(NamedTuple):
 
 def base_folder(r, seed):
     """Where the base of a seed is kept; it is pretrained if it is not there."""
-    name = "-".join(map(str, (*list(r["model"].values())[1:4], r["people"], r["pretraining_steps"], seed)))
+    name = "-".join(map(str, (*r["model"].values(), r["people"], r["pretraining_steps"], r["pretraining_lr"], seed)))
     folder = pathlib.Path("runs/compare-bases") / name
     if not (folder / "config.json").exists():
         world = data.make_world(seed, r["people"])
