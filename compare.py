@@ -281,7 +281,7 @@ def prepare_worker():
 def plot(path):
     """Prints a results' file, and draws exact match against bits per weight beside it, one line a method.
 
-    As points above LoRA on the same base; below 8 bits a weight are 2-bit models with larger groups.
+    As points above LoRA on the same base; the ablations are left out.
     """
     rows = json.loads(path.read_text())["rows"]
     print(table(rows) + "\n\n" + differences(rows))
@@ -290,8 +290,7 @@ def plot(path):
     except ImportError as e:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from e
     lora = {row["seed"]: row["exact_match"] for row in rows if row["row"] == "LoRA"}
-    drawn = [row | {"exact_match": 100 * (row["exact_match"] - lora[row["seed"]])} for row in rows
-             if "," not in row["row"] or "groups of" in row["row"]]
+    drawn = [row | {"exact_match": 100 * (row["exact_match"] - lora[row["seed"]])} for row in rows if "," not in row["row"]]
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
     for method in ("LoRA", "QLoRA", "QLoRA w/ GPTQ", "QA-LoRA"):
