@@ -290,7 +290,8 @@ def plot(path):
     except ImportError as e:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from e
     lora = {row["seed"]: row["exact_match"] for row in rows if row["row"] == "LoRA"}
-    drawn = [row | {"exact_match": 100 * (row["exact_match"] - lora[row["seed"]])} for row in rows if "," not in row["row"]]
+    drawn = [row | {"exact_match": 100 * (row["exact_match"] - lora[row["seed"]])} for row in rows
+             if "," not in row["row"]]
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
     for method in ("LoRA", "QLoRA", "QLoRA w/ GPTQ", "QA-LoRA"):
