@@ -18,12 +18,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from tqdm import tqdm
 
 import data
 import llama
@@ -95,6 +97,7 @@ def fork(log, words, rank=0, processes=1, port=0, before=None):
     if pid:
         return pid
     status = 70
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forked copies, and one that is killed never lets go
     try:
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
