@@ -1,4 +1,4 @@
-"""Decoding on a CPU: 4-bit layers repacked for PyTorch's own int4 kernel, which takes a tenth of a dense layer's time.
+"""Decoding on a CPU: 4-bit layers repacked for PyTorch's own int4 kernel, which takes a third of a dense layer's time.
 
 Only for using a model, a token at a time; training, merging and every claim about equal bits stay with quant.py. Used by
 `sample.py` and measured by `bench.py`.
@@ -25,9 +25,9 @@ def prepare_inference(model):
 
 
 class Int4Linear(nn.Module):
-    """A 4-bit QuantLinear, its codes repacked for PyTorch's int4 kernel, which takes a tenth of a dense layer's time.
+    """A 4-bit QuantLinear, its codes repacked for PyTorch's int4 kernel, which takes a third of a dense layer's time.
 
-    The kernel reads 16-bit floats, so a result is about as exact as bfloat16 (relative error 0.003), never the same bits
+    The kernel reads 16-bit floats, so a result is about as exact as bfloat16 (relative error 0.0035), never the same bits
     as a QuantLinear's. bfloat16 rounds offset + 8 * scale by 2^-9 of it at most: some thousandths of a quantization
     step, as the float16 of GGUF does.
     Buffers: int4 [O / w, I, w/2] uint8, whose byte j holds the codes of rows j and j + w/2 of w neighbouring ones;
