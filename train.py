@@ -112,13 +112,13 @@ def uses_gptq(s):
 def prepare_base(s, texts):
     """Makes the run's base/, by GPTQ on `texts` where that is wanted."""
     base, weights = pathlib.Path(s["out"]) / "base", pathlib.Path(s["weights"] or TOY_BASE)
-    tokenizer = data.load_tokenizer(s["tokenizer"] or weights)
+    tokenizer, record = data.load_tokenizer(s["tokenizer"] or weights), made_from(s)  # of the weights as they are now
     with written_whole(base) as beside:
         beside.mkdir()
         (beside / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
         windows = lambda config: calibration_windows(texts, tokenizer, config, s["calibration_tokens"])
         make_base(s, weights, beside, windows)
-        (beside / "made_from.json").write_text(made_from(s))
+        (beside / "made_from.json").write_text(record)
 
 
 def make_base(s, weights, folder, calibration):

@@ -485,6 +485,23 @@ def test_a_refused_calibration_leaves_the_finished_run_that_was_there(world, tmp
     assert {file.name: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
+def test_weights_that_change_while_they_are_quantized_are_not_taken_for_those_that_were(world, tmp_path, monkeypatch):
+    weights = shutil.copytree(world / "weights", tmp_path / "weights")
+    s = dict(out=tmp_path / "run", weights=weights, tokenizer=None, method="qalora", bits=4, group_size=32,
+             quantizer="rtn", calibration_tokens=1, device="cpu", fresh=False, resume=False)
+    train.prepare_base(s, None)
+    assert train.base_is_made(s)
+    make = train.make_base
+
+    def make_while_they_change(*arguments):
+        make(*arguments)
+        shutil.copy(world / "other-weights" / "model.safetensors", weights)
+
+    monkeypatch.setattr(train, "make_base", make_while_they_change)
+    train.prepare_base(s, None)
+    assert not train.base_is_made(s)
+
+
 def test_another_tokenizer_makes_the_base_anew(world, tmp_path):
     run(tmp_path / "log", options(world, tmp_path / "run", steps=1))
     data.train_tokenizer([ENGLISH], tmp_path / "tokenizer.model", 400)
