@@ -30,9 +30,6 @@ FEW_TOKENS = 16  # up to here a kernel that unpacks as it multiplies beats unpac
 
 # ---- codes of 2, 3 or 4 bits, packed at exactly that cost
 
-PLANES = {2: 4, 3: 8, 4: 2}  # by bits: how many runs of consecutive inputs the bits of a row's bytes hold; see `pack`
-
-
 def packed_width(in_features, bits):
     """Bytes that a row of `in_features` codes takes: `bits` a code, the row padded to a multiple of 32 codes."""
     assert bits in (2, 3, 4), f"bits must be 2, 3 or 4, not {bits}"
@@ -345,7 +342,8 @@ def input_gradient(gy_NO, packed, scale, offset, bits, in_features, kernels=None
 
     Bytes from the same place in each plane are a packing too: of the codes at that place in each plane.
     """
-    planes, group_size = PLANES[bits], in_features // scale.shape[1]
+    planes = 8 if bits == 3 else 8 // bits  # at 3 bits the high bits have most
+    group_size = in_features // scale.shape[1]
     if kernels:
         return gy_NO @ kernels.dense(packed, scale, offset, bits, in_features, gy_NO.dtype)
     if in_features % 32 or in_features // planes % group_size:  # padding, or a group in two planes
@@ -357,7 +355,7 @@ def input_gradient(gy_NO, packed, scale, offset, bits, in_features, kernels=None
     for start in range(0, scale.shape[2], at_a_time):
         groups = slice(start, start + at_a_time)
         inputs = slice(start * group_size, (start + at_a_time) * group_size)
-        codes = unpack(packed[..., inputs].flatten(1), bits, None)
+        codes = unpack(packed[..., inputs].flatten(1), bits, None)  # no padding to cut off
         quantized = Quantized(codes, scale[..., groups].flatten(1), offset[..., groups].flatten(1))
         gx[..., inputs] = (gy_NO @ dequantize(quantized, gy_NO.dtype)).unflatten(1, (planes, -1))
     return gx.flatten(1)
