@@ -336,11 +336,15 @@ def _meta_config(path, shards):
             raise UserError(f"{path}: {name} = {json.dumps(value)} is not supported; LLaMA-1 and 2 lack it")
     values = {"rms_norm_eps": 1e-5, "num_key_value_heads": fields.get("n_heads")}  # the defaults of Meta's own code
     values |= {META_NAMES[name]: value for name, value in fields.items() if name in META_NAMES}
-    rows = lambda name: [p.shape[0] if p.shape else 0 for p in _pieces(shards, name)]
+    sizes = lambda name, dim: [dict(enumerate(p.shape)).get(dim, 0) for p in _pieces(shards, name)]
     if values.get("vocab_size", -1) == -1:
-        values["vocab_size"] = rows("tok_embeddings.weight")[0]
-    values["intermediate_size"] = sum(rows("layers.0.feed_forward.w1.weight"))
-    return checked_config(path, values)
+        values["vocab_size"] = sizes("tok_embeddings.weight", 0)[0]
+    values["intermediate_size"] = sum(sizes("layers.0.feed_forward.w1.weight", 0))
+    config, width = checked_config(path, values), sum(sizes("tok_embeddings.weight", 1))
+    if width != config.hidden_size:  # said here, before the feed-forward width of too few shards is believed
+        raise UserError(f"{shards[-1][0]}: tensor tok_embeddings.weight is {width} wide up to this last shard, but "
+                        f"{path.name} asks for {config.hidden_size}; is a shard missing, or one of another model?")
+    return config
 
 
 def checked_config(path, fields):

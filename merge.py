@@ -10,6 +10,7 @@ import pathlib
 import shutil
 
 from cli import Parser, UserError, run_command, written_whole
+from data import load_tokenizer
 from llama import load_pretrained, save_pretrained
 from nf4 import load_nf4
 from qalora import LoRALinear, QALoRALinear, load_adapter
@@ -73,7 +74,7 @@ def save_merged(model, run, folder):
     """Writes a merged model and the tokenizer of its run as a model folder that every script here accepts."""
     with written_whole(folder) as beside:
         beside.mkdir()
-        shutil.copyfile(run / "base" / "tokenizer.model", beside / "tokenizer.model")
+        (beside / "tokenizer.model").write_bytes(load_tokenizer(run / "base").serialized_model_proto())
         if (run / "base" / "gguf.safetensors").exists():  # what export.py writes back into a GGUF file
             shutil.copyfile(run / "base" / "gguf.safetensors", beside / "gguf.safetensors")
         quantized = any(isinstance(layer, QuantLinear) for layer in model.modules())

@@ -46,6 +46,7 @@ def read_settings(description):
     say("--alpha", type=positive(float), help="the adapters are scaled by alpha / rank (16)")
     say("--targets", help="the layers that get one, such as q_proj,v_proj (all seven)")
     say("--lr", type=positive(float), help="learning rate, constant (2e-5, above 13b 1e-5; tiny: 1.5e-3)")
+    say("--clip", type=positive(float), help="a longer gradient is cut to this norm (0.3; tiny: 1)")
     say("--steps", type=positive(int), help="steps of fine-tuning (10000; tiny: 400)")
     say("--batch-size", type=positive(int), help="records in a step, over all processes (16; tiny: 32)")
     say("--micro-batch-size", type=positive(int), help="records at once on one device (4; tiny: 32)")
@@ -64,7 +65,7 @@ def read_settings(description):
         raise UserError("--resume goes on with what --fresh would make anew; leave out one of them")
     if now["plot"]:
         check_matplotlib()
-    settings = resumed(given) if now["resume"] else {**recipe(given), **given}
+    settings = resumed(given, parser) if now["resume"] else {**recipe(given), **given}
     check(settings)
     if settings["paged_optimizer"] and not settings["device"].startswith("cuda"):
         print(f"--paged-optimizer: on --device {settings['device']} there is nothing to page; plain AdamW is used")
@@ -111,6 +112,8 @@ def recipe(given):
         raise UserError(f"unknown --model {model}; choose one of {', '.join(CONFIGS)}")
     weights = given.get("weights") or (None if model == "tiny" else f"weights/{model}")
     if weights and not pathlib.Path(weights).exists():
+        if str(weights).endswith(".gguf"):
+            raise UserError(f"--weights {weights}: there is no such file")
         print(MISSING_WEIGHTS.format(model=model or "7b"), file=sys.stderr)
         raise UserError(f"there are no weights in {weights}; see above where to get them and what to type")
     settings = dict(TOY if not weights else REAL, bits=4, group_size=32, quantizer="gptq", method="qalora")
@@ -127,16 +130,19 @@ def recipe(given):
                 device="cuda" if torch.cuda.is_available() else "cpu", **settings)
 
 
-def resumed(given):
+def resumed(given, parser):
     """The settings in run.json; only --steps and --device may differ: the learning rate is constant, so more is more."""
     path = pathlib.Path(given.get("out") or f"runs/{given.get('model', 'tiny')}") / "run.json"
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; start without --resume, or name the run with --out")
     try:
         settings = json.loads(path.read_text())
-        if not isinstance(settings, dict) or recipe({"model": "tiny"}).keys() - settings:
+        needed = {name for name, value in recipe({"model": "tiny"}).items() if value is not None and name != "model"}
+        if not isinstance(settings, dict) or any(settings.get(name) is None for name in needed):
             raise ValueError("it lacks settings")
-    except ValueError as e:
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
+        settings |= {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
+    except (ValueError, UserError) as e:
         raise UserError(f"{path} is damaged ({e}); start the run anew without --resume") from e
     for name, value in given.items():
         if name not in ("out", "steps", "device") and settings.get(name) != value:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import merge
 from cli import UserError, run_command
+from data import train_tokenizer
 from llama import LINEARS, Cache, Llama, LlamaConfig, load_pretrained, save_pretrained
 from qalora import LoRALinear, QALoRALinear, adapter_parameters, add_adapters, save_adapter
 from quant import Quantized, QuantLinear, load_quantized, quantization_of, quantize_model, save_quantized
@@ -134,7 +135,7 @@ def finished_run(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "small"
     base = quantized_llama()
     save_quantized(base, run / "base")
-    (run / "base" / "tokenizer.model").write_bytes(b"tokens")
+    train_tokenizer(["merging keeps every bit"], run / "base" / "tokenizer.model", 275)
     adapted = trained(add_adapters(base, 4, 16))
     save_adapter(adapted, run / "adapter", base=quantization_of(run / "base")["sha256"])
     (run / "run.json").write_text("{}")
@@ -188,7 +189,7 @@ def test_a_model_is_loaded_from_every_kind_of_folder(finished_run, tmp_path):
 def test_a_lora_run_is_merged_into_a_float_model(tmp_path, monkeypatch, capsys):
     run, model = tmp_path / "run", Llama(SMALL)
     save_pretrained(model, run / "base")
-    (run / "base" / "tokenizer.model").write_bytes(b"tokens")
+    train_tokenizer(["merging keeps every bit"], run / "base" / "tokenizer.model", 275)
     (run / "run.json").write_text("{}")
     save_adapter(trained(add_adapters(model, 4, 16)), run / "adapter", base=merge.base_identity(run / "base"))
     assert command(monkeypatch, capsys, run, "--out", tmp_path / "merged")[0] == 0
@@ -216,6 +217,7 @@ def another_base(run):
     (lambda run: (run / "base" / "config.json").unlink(), "base"),
     (lambda run: (run / "base" / "config.json").write_text("[]"), "base/config.json"),
     (lambda run: (run / "base" / "tokenizer.model").unlink(), "base/tokenizer.model"),
+    (lambda run: cut(run / "base" / "tokenizer.model"), "base/tokenizer.model"),
     (lambda run: cut(run / "adapter" / "adapter.safetensors"), "adapter/adapter.safetensors"),
     (lambda run: (run / "adapter" / "adapter.safetensors").unlink(), "adapter/adapter.safetensors"),
     (lambda run: (run / "adapter" / "adapter.json").unlink(), "adapter/adapter.json"),

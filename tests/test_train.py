@@ -378,6 +378,11 @@ def test_resuming_refuses_what_would_be_another_run(world, whole, tmp_path, monk
     for damaged in ('{"steps": 6', '{"steps": 6}', "[]"):
         (tmp_path / "run" / "run.json").write_text(damaged)
         assert "run.json is damaged" in refusal(monkeypatch, "--resume", "--out", tmp_path / "run")
+    settings = json.loads((whole / "run.json").read_text())
+    for changed in (dict(lr="fast"), dict(steps=2.5), dict(seed=None), dict(bits=[4]), dict(checkpointing=True),
+                    dict(method="other"), dict(resume=True), dict(speed=1)):
+        (tmp_path / "run" / "run.json").write_text(json.dumps(settings | changed))
+        assert "run.json is damaged" in refusal(monkeypatch, "--resume", "--out", tmp_path / "run"), changed
 
 
 @pytest.mark.parametrize("name", ["step-6/optimizer.pt", "step-6/adapter.safetensors", "base/model.safetensors",
@@ -748,7 +753,8 @@ def test_a_size_that_contradicts_the_files_shows_both(world, tmp_path, monkeypat
     (dict(device="cuda:99"), "--device cuda:99"), (dict(device="meta"), "--device meta"),
     (dict(max_length=257), "--max-length 257 is more than the model's context of 256 tokens"),
     (dict(group_size=7), "model.layers.0.self_attn.q_proj"),
-    (dict(max_length=4), "raise --max-length"), (dict(weights="nowhere"), "there are no weights in nowhere")])
+    (dict(max_length=4), "raise --max-length"), (dict(weights="nowhere"), "there are no weights in nowhere"),
+    (dict(weights="no.gguf"), "--weights no.gguf: there is no such file")])
 def test_a_wrong_option_is_refused_and_leaves_nothing(world, tmp_path, monkeypatch, changed, expected):
     assert expected in refusal(monkeypatch, *options(world, tmp_path / "run", **changed))
     assert not (tmp_path / "run" / "base").exists() and not (tmp_path / "run" / "run.json").exists()
