@@ -41,15 +41,15 @@ from quant import quantize_model
 from train import bits_per_weight, calibration_texts, calibration_windows, fine_tune, pretrain
 
 FULL = dict(
-    model=dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
+    model=dict(vocab_size=512, hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
                num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5),
-    people=320, pretraining_steps=3500, pretraining_lr=3e-3, bits=[4, 3, 2], group_size=32,
-    group_sizes=[8, 16, 32, 64], rank=8, alpha=16.0, steps=150, batch_size=32, rates=[5e-4, 1e-3, 2e-3],
+    people=1000, pretraining=dict(steps=1500, lr=4e-3, batch_size=64, length=128), bits=[4, 3, 2], group_size=8,
+    group_sizes=[8, 16, 32, 64], rank=8, alpha=16.0, steps=150, batch_size=32, rates=[2.5e-4, 5e-4, 1e-3, 2e-3],
     ablations=True)
-NARROW = FULL["model"] | dict(hidden_size=64, intermediate_size=192, num_hidden_layers=5, num_attention_heads=2,
-                              num_key_value_heads=2)
-QUICK = FULL | dict(model=NARROW, people=96, pretraining_steps=1400, pretraining_lr=5e-3, group_size=8, steps=100,
-                    rates=[2e-3, 4e-3], ablations=False)
+SMALL = FULL["model"] | dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                             num_key_value_heads=2)
+QUICK = FULL | dict(model=SMALL, people=300, pretraining=dict(steps=1500, lr=1e-2, batch_size=32, length=128),
+                    steps=100, rates=[1e-3, 2e-3], ablations=False)
 CHOOSING_SEED = 0  # the learning rates are chosen here; seeds 1, 2, ... are reported
 MEASURED = ("exact_match", "multiple_choice", "perplexity", "trainable", "bits_per_weight", "seconds")
 
@@ -70,11 +70,11 @@ class Job(NamedTuple):
 
 def base_folder(r, seed):
     """Where the base of a seed is kept; it is pretrained if it is not there."""
-    name = "-".join(map(str, (*r["model"].values(), r["people"], r["pretraining_steps"], r["pretraining_lr"], seed)))
+    name = "-".join(map(str, (*r["model"].values(), r["people"], *r["pretraining"].values(), seed)))
     folder = pathlib.Path("runs/compare-bases") / name
     if not (folder / "config.json").exists():
         world = data.make_world(seed, r["people"])
-        pretrain(world, folder, LlamaConfig(**r["model"]), r["pretraining_steps"], r["pretraining_lr"], seed)
+        pretrain(world, folder, LlamaConfig(**r["model"]), seed=seed, **r["pretraining"])
     return folder
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cli import UserError, written_whole
 from llama import LINEARS, Llama, fill, linears, open_file, read_config, read_json, rotary_table, write_config
 
-DENSE_AT_A_TIME = 2 ** 20  # weights: a CPU's caches hold them, and a matmul of fewer spends its time arranging x
+DENSE_AT_A_TIME = 2 ** 21  # weights: a CPU's caches hold them, and a matmul of fewer spends its time arranging x
 FEW_TOKENS = 16  # up to here a kernel that unpacks as it multiplies beats unpacking once and a dense matmul
 
 
@@ -330,10 +330,10 @@ def product(x_NI, packed, scale, offset, bits, kernels=None):
     if kernels:
         return x_NI @ kernels.dense(packed, scale, offset, bits, in_features, x_NI.dtype).t()
     y_NO = x_NI.new_empty(tokens, len(packed))
-    at_a_time = max(1, DENSE_AT_A_TIME // in_features)
+    at_a_time = power_of_two(DENSE_AT_A_TIME // in_features)
     for rows in (slice(start, start + at_a_time) for start in range(0, len(packed), at_a_time)):
-        quantized = Quantized(unpack(packed[rows], bits, in_features), scale[rows], offset[rows])
-        torch.mm(x_NI, dequantize(quantized, x_NI.dtype).t(), out=y_NO[:, rows])
+        w = dense(packed[rows], scale[rows], offset[rows], bits, in_features, x_NI.dtype)
+        torch.mm(x_NI, w.t(), out=y_NO[:, rows])
     return y_NO
 
 
@@ -342,23 +342,78 @@ def input_gradient(gy_NO, packed, scale, offset, bits, in_features, kernels=None
 
     Bytes from the same place in each plane are a packing too: of the codes at that place in each plane.
     """
-    planes = 8 if bits == 3 else 8 // bits  # at 3 bits the high bits have most
-    group_size = in_features // scale.shape[1]
+    runs, group_size = planes(bits), in_features // scale.shape[1]
     if kernels:
         return gy_NO @ kernels.dense(packed, scale, offset, bits, in_features, gy_NO.dtype)
-    if in_features % 32 or in_features // planes % group_size:  # padding, or a group in two planes
-        return gy_NO @ dequantize(Quantized(unpack(packed, bits, in_features), scale, offset), gy_NO.dtype)
-    packed, scale, offset = packed.unflatten(1, (bits * planes // 8, -1)), *(
-        t.unflatten(1, (planes, -1)) for t in (scale, offset))  # [O, planes, bytes or groups of a plane]
-    gx = gy_NO.new_empty(len(gy_NO), planes, in_features // planes)
-    at_a_time = max(1, DENSE_AT_A_TIME // (len(packed) * planes * group_size))
-    for start in range(0, scale.shape[2], at_a_time):
-        groups = slice(start, start + at_a_time)
-        inputs = slice(start * group_size, (start + at_a_time) * group_size)
-        codes = unpack(packed[..., inputs].flatten(1), bits, None)  # no padding to cut off
-        quantized = Quantized(codes, scale[..., groups].flatten(1), offset[..., groups].flatten(1))
-        gx[..., inputs] = (gy_NO @ dequantize(quantized, gy_NO.dtype)).unflatten(1, (planes, -1))
+    if not whole_groups(in_features, group_size, bits):
+        return gy_NO @ dense(packed, scale, offset, bits, in_features, gy_NO.dtype)
+    packed, scale, offset = packed.unflatten(1, (bits * runs // 8, -1)), *(
+        t.unflatten(1, (runs, -1)) for t in (scale, offset))  # [O, runs, bytes or groups of a run]
+    gx = gy_NO.new_empty(len(gy_NO), runs, in_features // runs)
+    at_a_time = power_of_two(DENSE_AT_A_TIME // (len(packed) * runs * group_size))
+    for groups in (slice(start, start + at_a_time) for start in range(0, scale.shape[2], at_a_time)):
+        inputs = slice(groups.start * group_size, groups.stop * group_size)
+        part = packed[..., inputs].flatten(1), scale[..., groups].flatten(1), offset[..., groups].flatten(1)
+        w = dense(*part, bits, part[1].shape[1] * group_size, gy_NO.dtype)
+        gx[..., inputs] = (gy_NO @ w).unflatten(1, (runs, -1))
     return gx.flatten(1)
+
+
+def planes(bits):
+    """How many runs of consecutive inputs the bits of a row's bytes hold."""
+    return 8 if bits == 3 else 8 // bits  # at 3 bits as many as the high bits do
+
+
+def whole_groups(in_features, group_size, bits):
+    """Whether rows are packed without padding and no group lies in two planes."""
+    return in_features % 32 == 0 and in_features // planes(bits) % group_size == 0
+
+
+def power_of_two(limit):
+    """The largest power of two up to `limit`, at least 1: pieces of such sizes are mostly alike, and compiled once."""
+    return 1 << max(1, limit).bit_length() - 1
+
+
+USE_COMPILER = None  # None: on a CPU, after COMPILE_AFTER weights. Tests and bench.py set True or False
+COMPILE_AFTER = 2 ** 34  # weights that the plain path has dequantized; some seconds' work, which is what compiling takes
+dequantized = 0
+
+
+def dense(packed, scale, offset, bits, in_features, dtype):
+    """The matrix [O, in_features] that a packed one stands for: `dequantize` after `unpack`, to the bit.
+
+    That takes seven passes over the weights. Where much is dequantized on a CPU, torch.compile makes them one, which
+    takes a third of the time. Without a C++ compiler the plain path goes on.
+    """
+    global dequantized, USE_COMPILER
+    dequantized += len(packed) * in_features
+    wanted = dequantized > COMPILE_AFTER if USE_COMPILER is None else USE_COMPILER
+    if wanted and packed.device.type == "cpu" and whole_groups(in_features, in_features // scale.shape[1], bits):
+        wide = torch.promote_types(dtype, torch.float32)
+        try:
+            return _compiled()(packed, *(t.to(wide).view(len(t), planes(bits), -1, 1) for t in (scale, offset)), bits, dtype)
+        except Exception:  # no compiler, or no room for the files it writes
+            USE_COMPILER = False
+    return dequantize(Quantized(unpack(packed, bits, in_features), scale, offset), dtype)
+
+
+@functools.cache
+def _compiled():
+    torch._dynamo.config.recompile_limit = 64  # shapes of pieces, with and without gradients
+    return torch.compile(_plane_by_plane, dynamic=False)
+
+
+def _plane_by_plane(packed, scale, offset, bits, dtype):  # scale, offset [O, planes, groups of a plane, 1]
+    rows, runs, groups, _ = scale.shape
+    first, second, high = packed.chunk(3, dim=1)  # at 3 bits: two low bits of even and of odd planes, and the high bits
+    made = []
+    for k in range(runs):
+        if bits == 3:
+            codes = (second if k % 2 else first) >> k // 2 * 2 & 3 | (high >> k & 1) << 2
+        else:
+            codes = packed >> bits * k & 2 ** bits - 1
+        made.append((codes.view(rows, groups, -1).to(scale.dtype) * scale[:, k] + offset[:, k]).to(dtype))
+    return torch.stack(made, dim=1).view(rows, -1)
 
 
 USE_TRITON = None  # None: for tensors on a GPU that can. Tests set True (Triton's interpreter on a CPU) or False

@@ -18,7 +18,7 @@ from cli import UserError
 
 SMALL = compare.FULL | dict(
     model=compare.FULL["model"] | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1),
-    people=24, pretraining_steps=3, steps=1, batch_size=4, group_size=8, group_sizes=[8, 16], bits=[3, 2],
+    people=24, pretraining=compare.FULL["pretraining"] | dict(steps=3), steps=1, batch_size=4, group_size=8, group_sizes=[8, 16], bits=[3, 2],
     rates=[1e-3, 1e-2])
 
 

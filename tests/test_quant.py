@@ -416,6 +416,37 @@ def test_it_does_not_matter_how_much_is_dequantized_at_a_time(monkeypatch, dtype
     assert same(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_compiled_it_has_the_same_bits(monkeypatch, dtype, bits):
+    """Not up to rounding: a run that was resumed, or merged, after the compiler came in must not tell."""
+    q = random_quantized(bits, 24, 8, 32, bits)
+    x, results = normal(0, 7, 256).to(dtype), []
+    for use in (False, True):
+        monkeypatch.setattr(quant, "USE_COMPILER", use)
+        leaf = x.clone().requires_grad_()
+        y = quant_matmul(leaf, pack(q.codes, bits), q.scale, q.offset, bits)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), leaf)])
+    assert same(*results) and quant.USE_COMPILER, "it was not compiled"
+
+
+def test_it_is_compiled_only_after_much_work_and_goes_on_where_that_fails(monkeypatch):
+    q, calls = random_quantized(0, 4, 2, 32, 4), []
+    multiply = lambda: quant_matmul(torch.ones(3, 64), pack(q.codes, 4), q.scale, q.offset, 4)
+
+    def no_compiler(*arguments):
+        calls.append(arguments)
+        raise RuntimeError("no working C++ compiler found")
+
+    monkeypatch.setattr(quant, "_compiled", lambda: no_compiler)
+    monkeypatch.setattr(quant, "USE_COMPILER", None)
+    monkeypatch.setattr(quant, "dequantized", 0)
+    monkeypatch.setattr(quant, "COMPILE_AFTER", 2 * 4 * 64)  # two such products
+    expected = [multiply(), multiply()][0]
+    assert not calls
+    assert same([multiply(), multiply()], [expected] * 2) and len(calls) == 1, "it asked again"
+
+
 def test_a_second_derivative_is_refused_rather_than_wrong():
     q = random_quantized(0, 2, 2, 4, 4)
     x = torch.ones(1, 8, requires_grad=True)
