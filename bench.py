@@ -26,6 +26,7 @@ import time
 
 import torch
 
+import quant
 from cli import Parser, run_command, written_whole
 from data import make_world, train_tokenizer
 from export import write_gguf
@@ -119,6 +120,15 @@ def peak_memory(run, device):
     return status("VmHWM") - before
 
 
+def compiled(run):
+    """`run` with what a long run on a CPU comes to use (see `quant.dense`); all others here take the plain path."""
+    def now():
+        quant.USE_COMPILER = True
+        run()
+        quant.USE_COMPILER = False
+    return now
+
+
 # ---- what is measured
 
 def training_step(blocks, config, tokens, dtype, device):
@@ -192,7 +202,8 @@ def llama_cpp_token(quantized):
         write_gguf(quantized, tokenizer, folder / "model.gguf")
         threads = torch.get_num_threads()
         llm = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=128, n_threads=threads, use_mmap=False, verbose=False)
-    llm.eval([5] * 64)
+    for _ in range(64):  # at once they crashed it on a CPU with AMX
+        llm.eval([5])
 
     def run():
         llm.n_tokens = 64
@@ -253,7 +264,7 @@ def growth(turns, values, dtype, device):
             now = {**usual, name: value}
             models = {"dense, LoRA": dense, "packed, QA-LoRA": model_of(now["group size"])}
             blocks = {kind: adapted(model, now["layers"], now["rank"]) for kind, model in models.items()}
-            steps = {kind: training_step(b, NARROW, now["tokens"], dtype, device) for kind, b in blocks.items()}
+            steps = {kind: compiled(training_step(b, NARROW, now["tokens"], dtype, device)) for kind, b in blocks.items()}
             for row in compare(f"step on width 1024, {name} {value}", steps, turns, device):
                 rows.append({**row, "axis": name, "value": value})
     return rows
@@ -288,7 +299,8 @@ def inference(dense, quantized, facts, turns, dtype, device):
     tokens = torch.zeros(1, 256, dtype=torch.long, device=device)
     prefill = lambda model: torch.inference_mode()(lambda: model(tokens))
     return rows + compare("prefill of 256 tokens, per block", {
-        f"dense {dtype}": prefill(dense), "dense torch.bfloat16": prefill(low), "ours, packed": prefill(quantized),
+        f"dense {dtype}": prefill(dense), "dense torch.bfloat16": prefill(low),
+        "ours, packed": compiled(prefill(quantized)), "ours, packed, not compiled": prefill(quantized),
         "ours, prepared for decoding": prefill(ready),
     }, turns, device, parts=layers, floor=2 * weights * 256 / facts["matmul"][str(dtype)])
 
@@ -305,6 +317,8 @@ def training(dense, quantized, facts, counts, turns, dtype, device):
     for tokens in counts:
         floor = 4 * weights * tokens / facts["matmul"][str(dtype)]
         steps = {name: b and training_step(b, dense.config, tokens, dtype, device) for name, b in blocks.items()}
+        plain = steps["ours: 4 bits, QA-LoRA"]
+        steps |= {"ours: 4 bits, QA-LoRA": compiled(plain), "ours: 4 bits, QA-LoRA, not compiled": plain}
         for row in compare(f"training step, one block of 7B, {tokens} tokens", steps, turns, device, floor=floor):
             row["peak bytes"] = peak = peak_memory(steps[row["name"]], device)
             print(f"  {row['name']:44} {peak / 2 ** 20:9.0f} MiB more at its peak" if peak is not None else "")
@@ -322,6 +336,7 @@ def main():
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib; run: pip install matplotlib")
     torch.manual_seed(0)
+    quant.USE_COMPILER = False
     turns, dtype = 3 if args.quick else 7, compute_dtype(torch.bfloat16, args.device)
     facts = machine(args.device)
     print(json.dumps(facts, indent=1))
