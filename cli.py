@@ -75,10 +75,10 @@ def flush_stdout():
 def written_whole(path):
     """Yields a path beside `path` to write a file or folder to; renamed to `path` on success, removed on failure.
 
-    An existing `path` is replaced, and stays as it was until then. (A folder is moved aside first, as no file system
+    An existing `path` is replaced, and stays as it was until then; where it is a link, what it points to. (A folder is moved aside first, as no file system
     replaces a full one; killed between these two renames, the old one is left as `.NAME.PID.old`.)
     """
-    path = pathlib.Path(path)
+    named, path = path, pathlib.Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     _remove(beside)
@@ -96,7 +96,7 @@ def written_whole(path):
         else:
             os.replace(beside, path)
     except OSError as e:  # a full disk's error does not say which file did not fit
-        e.filename = e.filename or str(path)
+        e.filename = e.filename or str(named)
         raise
     finally:
         _remove(beside)

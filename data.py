@@ -53,6 +53,11 @@ def load_tokenizer(path):
     return tokenizer
 
 
+def decode(tokenizer, tokens):
+    """The text of tokens. Those above the tokenizer's pieces have none: an embedding may be padded to a round number."""
+    return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size()])
+
+
 def train_tokenizer(texts, path, vocab_size):
     """Trains a BPE tokenizer on `texts`, writes it to the file `path` and returns it loaded.
 

@@ -224,7 +224,7 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch_size=64, progress=N
     for batch in equal_length_batches(encoded, batch_size, progress):
         tokens_BT = torch.tensor([encoded[i] for i in batch], device=device)
         for i, row in zip(batch, llama.generate(model, tokens_BT, max_new_tokens, eos_token_id=eos).tolist()):
-            texts[i] = tokenizer.decode(row[len(encoded[i]):])  # EOS, which fills rows that ended, has no text
+            texts[i] = data.decode(tokenizer, row[len(encoded[i]):])  # EOS, which fills rows that ended, has no text
     return texts
 
 

@@ -405,6 +405,8 @@ def write_back(model, rest, path):
     kept = open_file(rest)
     with safetensors.safe_open(rest, framework="pt") as file:
         layout = file.metadata()
+    if "header" not in kept or not layout or not {"places", "size"} <= layout.keys():
+        raise UserError(f"{rest} is not what import_gguf wrote; import the GGUF file again with train.py --fresh")
     path.write_bytes(kept["header"].read().numpy())
     blocks = {gguf_name(name): functools.partial(to_q4_1, layer, rotary_heads(name, model.config))
               for name, layer in quantized_layers(model).items()}
@@ -447,6 +449,8 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the GGUF file to write")
     parser.add_argument("--embeddings", choices=["f16", "f32"], help="type of embedding and output head (f16)")
     args = parser.parse_args()
+    if args.out.is_dir():
+        raise UserError(f"{args.out} is a folder; name the file to write, such as {args.out / 'model.gguf'}")
     check_new(args.out)
     for sentence in export(args.folder, args.out, args.embeddings):
         print(sentence)

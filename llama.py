@@ -453,7 +453,7 @@ def _meta_name(name):
 
 def _open_meta_shards(folder):
     """(path, tensors by name) of each of Meta's model-parallel shards, in order."""
-    count = max(1, len(list(folder.glob("consolidated.*.pth"))))
+    count = max(1, len(list(folder.glob("consolidated.[0-9][0-9].pth"))))
     paths = [folder / f"consolidated.{i:02d}.pth" for i in range(count)]  # a gap in the numbers is a missing file
     return [(path, open_file(path)) for path in paths]
 

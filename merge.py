@@ -11,7 +11,7 @@ import shutil
 
 from cli import Parser, UserError, run_command, written_whole
 from data import load_tokenizer
-from llama import load_pretrained, save_pretrained
+from llama import load_pretrained, read_json, save_pretrained
 from nf4 import load_nf4
 from qalora import LoRALinear, QALoRALinear, load_adapter
 from quant import QuantLinear, load_quantized, quantization_of, save_quantized
@@ -61,6 +61,9 @@ def load_run(run, dtype=None, device="cpu"):
     if wanted != found:
         raise UserError(f"{run}/adapter was trained over the base {str(wanted)[:12]}, but {run}/base is "
                         f"{str(found)[:12]}: merged, they would be wrong; train again with --fresh")
+    record, spelling = run / "base" / "made_from.json", run / "base" / "tokenizer.model"
+    if record.exists() and hashlib.sha256(spelling.read_bytes()).hexdigest() != read_json(record).get("tokenizer"):
+        raise UserError(f"{spelling} is not the one that the run was trained with; copy that one there again")
     return merge(model)
 
 

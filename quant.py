@@ -386,7 +386,8 @@ def dense(packed, scale, offset, bits, in_features, dtype):
     takes a third of the time. Without a C++ compiler the plain path goes on.
     """
     global dequantized, USE_COMPILER
-    dequantized += len(packed) * in_features
+    weights = len(packed) * in_features
+    dequantized += weights if weights >= 2 ** 18 else 0  # in small matrices it is not the passes that take the time
     wanted = dequantized > COMPILE_AFTER if USE_COMPILER is None else USE_COMPILER
     if wanted and packed.device.type == "cpu" and whole_groups(in_features, in_features // scale.shape[1], bits):
         wide = torch.promote_types(dtype, torch.float32)

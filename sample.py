@@ -16,7 +16,7 @@ import sys
 import torch
 
 from cli import Parser, UserError, run_command
-from data import alpaca_prompt
+from data import alpaca_prompt, decode
 from evals import encode_prompt, load
 from int4 import prepare_inference
 from llama import generate
@@ -34,7 +34,7 @@ def text_stream(tokenizer, write):
     def add(new, last=False):
         nonlocal written
         tokens.extend(new)
-        text = tokenizer.decode(tokens)
+        text = decode(tokenizer, tokens)
         text = text if last else text.rstrip("\ufffd")
         write(text[len(written):])
         written = text

@@ -1,6 +1,5 @@
 """The options of train.py: what they mean, what they default to, and every check that needs no slow work."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -11,7 +10,7 @@ import torch
 import data
 from cli import Parser, UserError
 from export import check_gguf
-from llama import CONFIGS, LINEARS, Llama, check_device, read_config
+from llama import CONFIGS, LINEARS, Llama, check_device, read_config, read_json
 from qalora import check_targets
 from quant import check_group_size, quantization_of
 
@@ -136,9 +135,9 @@ def resumed(given, parser):
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; start without --resume, or name the run with --out")
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
         needed = {name for name, value in recipe({"model": "tiny"}).items() if value is not None and name != "model"}
-        if not isinstance(settings, dict) or any(settings.get(name) is None for name in needed):
+        if any(settings.get(name) is None for name in needed):
             raise ValueError("it lacks settings")
         words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
         settings |= {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
@@ -182,7 +181,7 @@ def check(s):
     if s["batch_size"] % processes:
         raise UserError(f"--batch-size {s['batch_size']} cannot be shared by {processes} processes; use a multiple")
     check_device(s["device"])
-    if s["weights"]:
+    if s["weights"] or s["tokenizer"]:
         pieces = data.load_tokenizer(s["tokenizer"] or s["weights"]).vocab_size()
         if pieces > config.vocab_size:
             raise UserError(f"the tokenizer has {pieces} pieces, the embedding only {config.vocab_size}: they do not "

@@ -59,14 +59,15 @@ def pretrain(world, folder, config=CONFIGS["tiny"], steps=1900, lr=5e-3, seed=0,
         tokens = data.token_stream(sum(passes, []), tokenizer)
         model = Llama(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
+        rate = lambda step: min(1, (step + 1) / 100, 2 * (1 - step / steps))  # not warmed up, some bases learn few facts
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         for _ in (bar := tqdm(range(steps), "pretraining", unit="step")):
             batch = data.windows(tokens, batch_size, length + 1, draw)
             loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step(), decay.step()
+            optimizer.step(), schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         save_pretrained(model, beside)
 
@@ -97,8 +98,8 @@ def base_is_made(s):
         print(f"base: {base} is already made from these weights in this way")
         return True
     if s["resume"]:
-        raise UserError(f"{weights} or its tokenizer has changed since {base} was made from it, so the run cannot "
-                        "go on; put the old files back, or start the run anew without --resume")
+        raise UserError(f"{weights}, its tokenizer or run.json has changed since {base} was made from it, so the run "
+                        "cannot go on; put the old files back, or start the run anew without --resume")
     print(f"base: {base} was made from other weights or in another way; making it anew")
     return False
 
@@ -185,7 +186,7 @@ def fine_tune(s, model, examples, held_out):
     """
     out, parameters = pathlib.Path(s["out"]), list(adapter_parameters(model).values())
     optimizer = adamw(parameters, s)
-    done = load_checkpoint(out, model, optimizer) if s["resume"] else 0
+    done = load_checkpoint(s, model, optimizer) if s["resume"] else 0
     network, lengths = model, tuple(len(e.tokens) for e in examples)
     if WORLD > 1:  # the base is the same file for all, and the adapters start from the same seed: nothing to send
         network = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
@@ -208,7 +209,7 @@ def fine_tune(s, model, examples, held_out):
                 check_finite(out, step + 1, validation_loss=line["validation_loss"])
             write_metrics(line)  # before the checkpoint: resuming cuts lines off, but could not add one
             if save:
-                save_checkpoint(out, step + 1, model, optimizer)
+                save_checkpoint(s, step + 1, model, optimizer)
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}", GB=f"{memory_in_use(s['device']):.1f}", refresh=False)
             if stop and not last:
                 bar.close()
@@ -311,17 +312,21 @@ def metrics_from(out, done):
 
 # ---- checkpoints: step-N/ is complete when it bears that name
 
-def save_checkpoint(out, step, model, optimizer):
+LASTING = ("method", "bits", "group_size", "rank", "alpha", "targets", "lr", "clip", "batch_size", "max_length", "seed")
+
+
+def save_checkpoint(s, step, model, optimizer):
     """Writes step-N/ (the adapter, AdamW's state), then removes older ones. Only the first process writes.
 
     Raises UserError when it cannot be written; the older ones stay.
     """
     if RANK > 0:
         return
+    out, lasting = pathlib.Path(s["out"]), {name: s[name] for name in LASTING if name in s}
     try:
         with written_whole(out / f"step-{step}") as beside:
             save_adapter(model, beside)  # makes the folder
-            torch.save({"step": step, "optimizer": optimizer.state_dict()}, beside / "optimizer.pt")
+            torch.save({"step": step, "settings": lasting, "optimizer": optimizer.state_dict()}, beside / "optimizer.pt")
     except (OSError, RuntimeError, SafetensorError) as e:  # each has its own way of saying that a disk is full
         raise UserError(f"{out}/step-{step} could not be written ({e}); if the disk is full, free some space, then go on "
                         f"with: python train.py --resume --out {out}") from e
@@ -335,19 +340,25 @@ def newest_checkpoint(out):
     return max(out.glob("step-*"), key=lambda folder: int(folder.name[5:]), default=None)
 
 
-def load_checkpoint(out, model, optimizer):
+def load_checkpoint(s, model, optimizer):
     """Restores the newest checkpoint into the adapters and the optimizer; returns its step, 0 when there is none.
 
-    Raises UserError when it is damaged.
+    Raises UserError when it is damaged, or run.json has been changed since in what decides the result.
     """
-    folder = newest_checkpoint(out)
+    folder = newest_checkpoint(pathlib.Path(s["out"]))
     if folder is None:
         return 0
     restore_adapter(model, folder)
     try:
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        for name, value in state["settings"].items():
+            if s[name] != value:
+                raise UserError(f"{folder} was trained with {name} {value}, but run.json says {s[name]}; put it back, "
+                                "or start the run anew without --resume")
         optimizer.load_state_dict(state["optimizer"])
         return state["step"]
+    except UserError:
+        raise
     except Exception as e:  # a broken file can raise anything: the parser is not ours
         raise UserError(f"{folder}/optimizer.pt is missing or damaged ({type(e).__name__}); remove {folder} and start "
                         "the run anew without --resume") from e

@@ -198,3 +198,26 @@ def test_what_an_earlier_crash_left_under_the_same_name_is_replaced(tmp_path):
         assert not beside.exists()
         put(beside, b"new")
     assert found(tmp_path) == {"out": b"new"}
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path, folder):
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "target", tmp_path / "link"
+    for text in ("old", "new"):
+        with written_whole(link if text == "new" else target) as beside:
+            if folder:
+                beside.mkdir()
+            (beside / "file" if folder else beside).write_text(text)
+        if text == "old":
+            link.symlink_to(target)
+    assert link.is_symlink() and (target / "file" if folder else target).read_text() == "new"
+    assert sorted(f.name for f in tmp_path.rglob("*") if f.name != "file") == ["disk", "link", "target"]
+
+
+def test_the_folder_one_is_in_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with written_whole(".") as beside:
+        beside.mkdir()
+        (beside / "file").write_text("new")
+    assert (tmp_path / "file").read_text() == "new"

@@ -1,6 +1,7 @@
 """What data.py promises: every form of file is read exactly or refused by line, and no token goes astray."""
 
 import collections
+import itertools
 import json
 import random
 
@@ -67,6 +68,13 @@ def read(folder, content, name="records.json"):
 @example("\ufeff\u2028\u00a0😀")
 def test_any_text_survives_encode_and_decode(toy_tokenizer, text):
     assert toy_tokenizer.decode(toy_tokenizer.encode(text)) == text
+
+
+@given(texts)
+def test_tokens_that_only_the_embedding_has_decode_to_nothing(toy_tokenizer, text):
+    above = [toy_tokenizer.vocab_size(), 2 ** 31 - 1]
+    tokens = [token for pair in itertools.zip_longest(toy_tokenizer.encode(text), above) for token in pair]
+    assert data.decode(toy_tokenizer, [t for t in tokens if t is not None]) == text
 
 
 def test_all_self_instruct_records_survive_a_round_trip(tokenizer, material):

@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 import torch
 from hypothesis import given, strategies as st
+from safetensors.torch import load_file, save_file
 
 import data
 import export
@@ -570,8 +571,10 @@ def test_a_disk_that_is_full_leaves_nothing(folder_of, tmp_path):
 def test_what_exists_is_not_overwritten(folder_of, tmp_path, run):
     folder = folder_of()
     before = {file: file.read_bytes() for file in folder.iterdir()}
-    for path in (folder / "config.json", folder):
-        with pytest.raises(UserError, match="exists and is not empty"):
+    (tmp_path / "empty").mkdir()
+    for path, said in ((folder / "config.json", "exists and is not empty"), (folder, "is a folder; name the file"),
+                       (tmp_path / "empty", "is a folder; name the file")):
+        with pytest.raises(UserError, match=said):
             run(export, folder, "--out", path)
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -613,8 +616,12 @@ def test_the_type_of_embeddings_that_came_from_a_file_cannot_be_chosen(tmp_path,
 def test_what_was_kept_of_a_file_and_is_damaged_since_is_refused(tmp_path, tokenizer_file):
     quantize_file(tmp_path / "in.gguf", CONFIG, data.load_tokenizer(tokenizer_file))
     kept = imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base") / export.REST
-    kept.write_bytes(kept.read_bytes()[:5000])
+    whole, tensors = kept.read_bytes(), {name: t.clone() for name, t in load_file(kept).items()}
+    kept.write_bytes(whole[:5000])
     with pytest.raises(UserError, match="gguf.safetensors: .* truncated"):
+        export.export(tmp_path / "base", tmp_path / "out.gguf")
+    save_file(tensors, kept)  # without what stands beside the tensors
+    with pytest.raises(UserError, match="gguf.safetensors is not what import_gguf wrote"):
         export.export(tmp_path / "base", tmp_path / "out.gguf")
     assert not list(tmp_path.glob("*out.gguf*"))
 

@@ -622,6 +622,13 @@ def test_a_missing_file_is_named(tmp_path, layout, missing, named):
         load_pretrained(tmp_path)
 
 
+def test_a_second_download_beside_metas_shards_is_none_of_them(tmp_path):
+    model = random_model(SMALL)
+    write_checkpoint(tmp_path, model, "meta2")
+    (tmp_path / "consolidated.00 (1).pth").write_bytes(b"")
+    assert all(map(torch.equal, load_pretrained(tmp_path).parameters(), model.parameters()))
+
+
 @pytest.mark.parametrize("weight_map, error", [
     (None, "index.json: weight_map"), ({"a": 1}, "index.json: weight_map"),
     ({"a": "../b.bin"}, "index.json: weight_map"), ({"a": "gone.bin"}, "gone.bin: no such file"),

@@ -5,6 +5,7 @@ No tolerance anywhere in this file: `torch.equal` is the claim.
 
 import copy
 import hashlib
+import json
 import pathlib
 import shutil
 import subprocess
@@ -137,6 +138,8 @@ def finished_run(tmp_path_factory):
     save_quantized(base, run / "base")
     train_tokenizer(["merging keeps every bit"], run / "base" / "tokenizer.model", 275)
     adapted = trained(add_adapters(base, 4, 16))
+    spelling = hashlib.sha256((run / "base" / "tokenizer.model").read_bytes()).hexdigest()
+    (run / "base" / "made_from.json").write_text(json.dumps({"tokenizer": spelling}))
     save_adapter(adapted, run / "adapter", base=quantization_of(run / "base")["sha256"])
     (run / "run.json").write_text("{}")
     return run, adapted
@@ -201,6 +204,10 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def another_tokenizer(run):
+    train_tokenizer(["another text entirely"], run / "base" / "tokenizer.model", 272)
+
+
 def another_base(run):
     shutil.rmtree(run / "base")
     save_quantized(quantize_model(Llama(SMALL), 3, 8), run / "base")
@@ -218,6 +225,7 @@ def another_base(run):
     (lambda run: (run / "base" / "config.json").write_text("[]"), "base/config.json"),
     (lambda run: (run / "base" / "tokenizer.model").unlink(), "base/tokenizer.model"),
     (lambda run: cut(run / "base" / "tokenizer.model"), "base/tokenizer.model"),
+    (another_tokenizer, "base/tokenizer.model is not the one"),
     (lambda run: cut(run / "adapter" / "adapter.safetensors"), "adapter/adapter.safetensors"),
     (lambda run: (run / "adapter" / "adapter.safetensors").unlink(), "adapter/adapter.safetensors"),
     (lambda run: (run / "adapter" / "adapter.json").unlink(), "adapter/adapter.json"),

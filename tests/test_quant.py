@@ -431,8 +431,8 @@ def test_compiled_it_has_the_same_bits(monkeypatch, dtype, bits):
 
 
 def test_it_is_compiled_only_after_much_work_and_goes_on_where_that_fails(monkeypatch):
-    q, calls = random_quantized(0, 4, 2, 32, 4), []
-    multiply = lambda: quant_matmul(torch.ones(3, 64), pack(q.codes, 4), q.scale, q.offset, 4)
+    q, calls = random_quantized(0, 512, 16, 32, 4), []
+    multiply = lambda: quant_matmul(torch.ones(3, 512), pack(q.codes, 4), q.scale, q.offset, 4)
 
     def no_compiler(*arguments):
         calls.append(arguments)
@@ -441,7 +441,7 @@ def test_it_is_compiled_only_after_much_work_and_goes_on_where_that_fails(monkey
     monkeypatch.setattr(quant, "_compiled", lambda: no_compiler)
     monkeypatch.setattr(quant, "USE_COMPILER", None)
     monkeypatch.setattr(quant, "dequantized", 0)
-    monkeypatch.setattr(quant, "COMPILE_AFTER", 2 * 4 * 64)  # two such products
+    monkeypatch.setattr(quant, "COMPILE_AFTER", 2 * 512 * 512)  # two such products
     expected = [multiply(), multiply()][0]
     assert not calls
     assert same([multiply(), multiply()], [expected] * 2) and len(calls) == 1, "it asked again"

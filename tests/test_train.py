@@ -275,14 +275,14 @@ test_a_run_killed_at_any_moment_resumes_to_the_same_bits.duration = 0.8  # secon
 def test_a_run_killed_around_a_checkpoint_resumes_to_the_same_bits(world, whole, tmp_path, monkeypatch, moment):
     die, save = lambda *_: os.kill(os.getpid(), signal.SIGKILL), train.save_checkpoint
 
-    def saved(out, step, *rest):
+    def saved(s, step, *rest):
         if step == 4 and moment == "before it is saved":
             die()
         if step == 4 and moment == "while it is saved":
             monkeypatch.setattr(torch, "save", die)
         if step == 4 and moment == "while the older goes":
             monkeypatch.setattr(shutil, "rmtree", lambda folder: ((folder / "optimizer.pt").unlink(), die()))
-        save(out, step, *rest)
+        save(s, step, *rest)
         if step == 4:
             die()
 
@@ -315,8 +315,8 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(world, tmp_path, number):
 def test_a_signal_that_comes_while_a_checkpoint_is_saved_stops_after_the_next_step(world, tmp_path, monkeypatch):
     save = train.save_checkpoint
 
-    def saved(out, step, *rest):
-        save(out, step, *rest)
+    def saved(s, step, *rest):
+        save(s, step, *rest)
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -338,11 +338,11 @@ def test_a_second_signal_kills_at_once(world, tmp_path, monkeypatch):
 def test_a_full_disk_is_an_error_that_leaves_the_checkpoint_before_it(world, whole, tmp_path, monkeypatch):
     out, save = tmp_path / "run", train.save_checkpoint
 
-    def saved(out, step, *rest):
+    def saved(s, step, *rest):
         if step == 4:  # the adapter still fits, the optimizer's state does not
             size = (out / "step-2" / "adapter.safetensors").stat().st_size + 1000
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        save(out, step, *rest)
+        save(s, step, *rest)
 
     monkeypatch.setattr(train, "save_checkpoint", saved)
     text = run(tmp_path / "log", options(world, out), status=2)
@@ -383,6 +383,17 @@ def test_resuming_refuses_what_would_be_another_run(world, whole, tmp_path, monk
                     dict(method="other"), dict(resume=True), dict(speed=1)):
         (tmp_path / "run" / "run.json").write_text(json.dumps(settings | changed))
         assert "run.json is damaged" in refusal(monkeypatch, "--resume", "--out", tmp_path / "run"), changed
+
+
+@pytest.mark.parametrize("changed", [dict(alpha=32.0), dict(lr=0.5), dict(seed=5), dict(batch_size=8), dict(rank=1),
+                                     dict(targets="q_proj"), dict(clip=9.0), dict(max_length=32), dict(method="lora")])
+def test_a_run_whose_settings_were_edited_is_not_resumed(world, whole, tmp_path, changed):
+    shutil.copytree(whole, tmp_path / "run")
+    settings = json.loads((whole / "run.json").read_text()) | changed | {"steps": 8}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
+    before = adapter(tmp_path / "run")
+    run(tmp_path / "log", ["--resume", "--out", str(tmp_path / "run")], status=2)
+    assert adapter(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("name", ["step-6/optimizer.pt", "step-6/adapter.safetensors", "base/model.safetensors",
@@ -753,7 +764,7 @@ def test_a_size_that_contradicts_the_files_shows_both(world, tmp_path, monkeypat
     (dict(device="cuda:99"), "--device cuda:99"), (dict(device="meta"), "--device meta"),
     (dict(max_length=257), "--max-length 257 is more than the model's context of 256 tokens"),
     (dict(group_size=7), "model.layers.0.self_attn.q_proj"),
-    (dict(max_length=4), "raise --max-length"), (dict(weights="nowhere"), "there are no weights in nowhere"),
+    (dict(tokenizer="none.model"), "none.model does not exist"), (dict(max_length=4), "raise --max-length"), (dict(weights="nowhere"), "there are no weights in nowhere"),
     (dict(weights="no.gguf"), "--weights no.gguf: there is no such file")])
 def test_a_wrong_option_is_refused_and_leaves_nothing(world, tmp_path, monkeypatch, changed, expected):
     assert expected in refusal(monkeypatch, *options(world, tmp_path / "run", **changed))
