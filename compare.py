@@ -10,7 +10,7 @@ the learning rate: each row of the table takes the one whose deployed model answ
 on a seed that is not reported. The people of the test are met only after that, on fresh seeds.
 
 A `Job` is one fine-tuning and all that is deployed from it, so that the three requantizations of QLoRA share their
-adapter unless they prefer another learning rate. Unlike train.py's, this base is full: 24,000 bits of facts in 230,000
+adapter unless they prefer another learning rate. Unlike train.py's, this base is dense: 24,000 bits of facts in 230,000
 weights, so that quantizing hurts as it hurts a real LLaMA, hardly at 4 bits, a little at 3 and badly at 2. (Asked in
 its own words, one such base knew 99.8 % of the facts, after GPTQ in groups of 8 still 99.5, 99.0 and 87.7 % at 4, 3 and
 2 bits, in groups of 32 at 2 bits 60.8 %. Bases of a million weights and a third of the people, which were used
@@ -298,7 +298,7 @@ def plot(path):
                         if name == method or name.startswith(f"{method} ") and name[len(method) + 1].isdigit())
         axes.errorbar(*zip(*points), marker="o", capsize=3, label=method)
     axes.set(xscale="log", xlabel="bits per weight of the deployed model", ylabel="exact match, points above LoRA")
-    axes.set_xticks(ticks := [2, 3, 4, 6, 8, 12, 16, 32], map(str, ticks))
+    axes.set_xticks(ticks := [t for t in (3, 4, 5, 6, 7, 8, 9, 10, 16, 32) if t > axes.get_xlim()[0]], map(str, ticks))
     axes.minorticks_off()
     axes.legend()
     figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")
