@@ -1,7 +1,7 @@
 """The paper's comparison at toy scale: what is left of a model that is fine-tuned and deployed at 4, 3 or 2 bits.
 
     python compare.py                                the table, three seeds: about 40 minutes on 2 cores
-    python compare.py --quick                        a smaller world and model, no ablations: 3 to 5 minutes
+    python compare.py --quick                        a smaller world and model, no ablations: 2 to 3 minutes
     python compare.py --plot results/compare.json    prints it again, draws results/compare.png (matplotlib)
 
 Every seed is a world, a tokenizer and a pretrained base of its own, kept in runs/ and shared by all methods. All
@@ -307,7 +307,7 @@ def plot(path):
 def main():
     parser = Parser(prog="compare.py", description=__doc__)
     parser.add_argument("--seeds", type=int, help="how many seeds are reported (3; with --quick 1)")
-    parser.add_argument("--quick", action="store_true", help="3 to 5 minutes on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="2 to 3 minutes on 2 cores")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time (2)")
     parser.add_argument("--out", type=pathlib.Path, help="the results' file (runs/compare.json)")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="only print and draw a results' file")
