@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cli import UserError
+from data import train_tokenizer
 from llama import Llama, LlamaConfig, load_pretrained, save_pretrained
 from merge import base_identity, load_model, merge, save_merged
 from nf4 import BLOCK, NF4, SCALE_BLOCK, VALUES, NF4Linear, dequantize_nf4, load_nf4, quantize_model_nf4, quantize_nf4
@@ -244,7 +245,7 @@ def test_a_merged_model_is_float_in_the_models_own_dtype_and_computes_the_same(n
 def test_a_run_of_the_baselines_loads_merged_and_is_saved_as_a_float_model(tmp_path, nf4):
     model, run = tiny_model(), tmp_path / "run"
     (run / "base").mkdir(parents=True)
-    (run / "base" / "tokenizer.model").write_bytes(b"any")
+    train_tokenizer(["any text of the baselines"], run / "base" / "tokenizer.model", 275)
     (run / "run.json").write_text("{}")
     if nf4:
         save_quantized(quantize_model_nf4(model), run / "base", quantizer="nf4")
