@@ -43,11 +43,11 @@ from train import bits_per_weight, calibration_texts, calibration_windows, fine_
 FULL = dict(
     model=dict(vocab_size=512, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5),
-    people=1000, pretraining=dict(steps=1800, lr=3e-3, batch_size=64, length=128), bits=[4, 3, 2], group_size=8,
+    people=1000, pretraining=dict(steps=1800, lr=3e-3, batch_size=64, length=128, warmup=100), bits=[4, 3, 2], group_size=8,
     group_sizes=[8, 16, 32, 64], rank=8, alpha=16.0, steps=150, batch_size=32, rates=[2.5e-4, 5e-4, 1e-3, 2e-3],
     ablations=True)
 SMALL = FULL["model"] | dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2)
-QUICK = FULL | dict(model=SMALL, people=300, pretraining=dict(steps=1500, lr=1e-2, batch_size=32, length=128),
+QUICK = FULL | dict(model=SMALL, people=300, pretraining=dict(steps=1500, lr=1e-2, batch_size=32, length=128, warmup=100),
                     steps=100, rates=[1e-3, 2e-3], ablations=False)
 CHOOSING_SEED = 0  # the learning rates are chosen here; seeds 1, 2, ... are reported
 MEASURED = ("exact_match", "multiple_choice", "perplexity", "trainable", "bits_per_weight", "seconds")

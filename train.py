@@ -47,7 +47,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # ---- 1. the tiny model
 
-def pretrain(world, folder, config=CONFIGS["tiny"], steps=1900, lr=5e-3, seed=0, batch_size=16, length=64):
+def pretrain(world, folder, config=CONFIGS["tiny"], steps=1900, lr=5e-3, seed=0, batch_size=16, length=64, warmup=1):
     """Trains a small LLaMA and its tokenizer on the toy world's documents, in float32; writes a model folder."""
     torch.manual_seed(seed)
     rng, draw = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ def pretrain(world, folder, config=CONFIGS["tiny"], steps=1900, lr=5e-3, seed=0,
         tokens = data.token_stream(sum(passes, []), tokenizer)
         model = Llama(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        rate = lambda step: min(1, (step + 1) / 100, 2 * (1 - step / steps))  # not warmed up, some bases learn few facts
+        rate = lambda step: min(1, (step + 1) / warmup, 2 * (1 - step / steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         for _ in (bar := tqdm(range(steps), "pretraining", unit="step")):
             batch = data.windows(tokens, batch_size, length + 1, draw)
