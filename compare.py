@@ -12,7 +12,7 @@ on a seed that is not reported. The people of the test are met only after that, 
 A `Job` is one fine-tuning and all that is deployed from it, so that the three requantizations of QLoRA share their
 adapter unless they prefer another learning rate. Unlike train.py's, this base is dense: 24,000 bits of facts in 230,000
 weights, so that quantizing hurts as it hurts a real LLaMA, hardly at 4 bits, a little at 3 and badly at 2. (Asked in
-its own words, one such base knew 99.8 % of the facts, after GPTQ in groups of 8 still 99.5, 99.0 and 87.7 % at 4, 3 and
+its own words, one such base knew 99.7 % of the facts, after GPTQ in groups of 8 still 99.5, 99.0 and 87.7 % at 4, 3 and
 2 bits, in groups of 32 at 2 bits 60.8 %. Bases of a million weights and a third of the people, which were used
 before, hardly noticed 2 bits.) In groups of 8 the adapters see 16 pooled inputs or more; in a LLaMA-7B they see 128.
 """

@@ -10,7 +10,7 @@ from torch import nn
 
 import int4
 import quant
-from quant import Quantized, QuantLinear, quantize_rtn
+from quant import QuantLinear, quantize_rtn
 from test_quant import SEEDS, dense, integers, normal, random_quantized
 
 

@@ -13,7 +13,6 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import example, given, settings, strategies as st
-from torch import nn
 from torch.nn import functional as F
 
 import quant
