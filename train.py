@@ -351,17 +351,16 @@ def load_checkpoint(s, model, optimizer):
     restore_adapter(model, folder)
     try:
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        for name, value in state["settings"].items():
-            if s[name] != value:
-                raise UserError(f"{folder} was trained with {name} {value}, but run.json says {s[name]}; put it back, "
-                                "or start the run anew without --resume")
+        changed = [name for name, value in state["settings"].items() if s[name] != value]
         optimizer.load_state_dict(state["optimizer"])
-        return state["step"]
-    except UserError:
-        raise
+        step = state["step"]
     except Exception as e:  # a broken file can raise anything: the parser is not ours
         raise UserError(f"{folder}/optimizer.pt is missing or damaged ({type(e).__name__}); remove {folder} and start "
                         "the run anew without --resume") from e
+    for name in changed:
+        raise UserError(f"{folder} was trained with {name} {state['settings'][name]}, but run.json says {s[name]}; put it "
+                        "back, or start the run anew without --resume")
+    return step
 
 
 # ---- 4. merging, and 5. scoring
