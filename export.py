@@ -256,6 +256,11 @@ def write_tensors(path, start, places, size):
 REST = "gguf.safetensors"  # in the folder of a model that came from a GGUF file: all of it but the linear layers
 
 
+def is_gguf(weights):
+    """Whether these weights are one GGUF file; all others are folders. By the name, as the file need not exist."""
+    return str(weights).lower().endswith(".gguf")
+
+
 def open_gguf(path):
     """(GGUFReader, LlamaConfig, {our name: ReaderTensor}) of a Q4_1 file; reads the header only.
 

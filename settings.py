@@ -9,7 +9,7 @@ import torch
 
 import data
 from cli import Parser, UserError
-from export import check_gguf
+from export import check_gguf, is_gguf
 from llama import CONFIGS, LINEARS, Llama, check_device, read_config, read_json
 from qalora import check_targets
 from quant import check_group_size, quantization_of
@@ -92,7 +92,7 @@ def positive(kind):
 
 def config_of(weights, tokenizer):
     """The LlamaConfig of --weights: a folder, or a GGUF file, which comes without a sentencepiece model."""
-    if not str(weights).endswith(".gguf"):
+    if not is_gguf(weights):
         return read_config(weights)
     if tokenizer is None:
         raise UserError(f"{weights} needs --tokenizer FILE, the sentencepiece model that belongs to it")
@@ -101,7 +101,7 @@ def config_of(weights, tokenizer):
 
 def quantized_already(weights):
     """{"bits", "group_size", ...} of --weights that are quantized, else None."""
-    return {"bits": 4, "group_size": 32} if str(weights).endswith(".gguf") else quantization_of(weights)
+    return {"bits": 4, "group_size": 32} if is_gguf(weights) else quantization_of(weights)
 
 
 def recipe(given):
@@ -111,7 +111,7 @@ def recipe(given):
         raise UserError(f"unknown --model {model}; choose one of {', '.join(CONFIGS)}")
     weights = given.get("weights") or (None if model == "tiny" else f"weights/{model}")
     if weights and not pathlib.Path(weights).exists():
-        if str(weights).endswith(".gguf"):
+        if is_gguf(weights):
             raise UserError(f"--weights {weights}: there is no such file")
         print(MISSING_WEIGHTS.format(model=model or "7b"), file=sys.stderr)
         raise UserError(f"there are no weights in {weights}; see above where to get them and what to type")

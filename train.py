@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 import evals
 from cli import UserError, run_command, written_whole
-from export import import_gguf
+from export import import_gguf, is_gguf
 from llama import CONFIGS, Llama, compute_dtype, fill, linears, open_weights, save_pretrained
 from merge import base_identity, load_model, merge, save_merged
 from nf4 import quantize_model_nf4
@@ -124,7 +124,7 @@ def prepare_base(s, texts):
 
 def make_base(s, weights, folder, calibration):
     """Writes the model beside which adapters are trained: float for lora, NF4 for qlora, quantized in groups for qalora."""
-    if weights.suffix == ".gguf":
+    if is_gguf(weights):
         import_gguf(weights, folder)
         return
     if quantization_of(weights):  # a merged model fine-tuned again

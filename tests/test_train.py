@@ -764,8 +764,10 @@ def test_a_size_that_contradicts_the_files_shows_both(world, tmp_path, monkeypat
     (dict(device="cuda:99"), "--device cuda:99"), (dict(device="meta"), "--device meta"),
     (dict(max_length=257), "--max-length 257 is more than the model's context of 256 tokens"),
     (dict(group_size=7), "model.layers.0.self_attn.q_proj"),
-    (dict(tokenizer="none.model"), "none.model does not exist"), (dict(max_length=4), "raise --max-length"), (dict(weights="nowhere"), "there are no weights in nowhere"),
-    (dict(weights="no.gguf"), "--weights no.gguf: there is no such file")])
+    (dict(tokenizer="none.model"), "none.model does not exist"), (dict(max_length=4), "raise --max-length"),
+    (dict(weights="nowhere"), "there are no weights in nowhere"),
+    (dict(weights="no.gguf"), "--weights no.gguf: there is no such file"),
+    (dict(weights="NO.GGUF"), "--weights NO.GGUF: there is no such file")])
 def test_a_wrong_option_is_refused_and_leaves_nothing(world, tmp_path, monkeypatch, changed, expected):
     assert expected in refusal(monkeypatch, *options(world, tmp_path / "run", **changed))
     assert not (tmp_path / "run" / "base").exists() and not (tmp_path / "run" / "run.json").exists()
