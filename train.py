@@ -312,7 +312,8 @@ def metrics_from(out, done):
 
 # ---- checkpoints: step-N/ is complete when it bears that name
 
-LASTING = ("method", "bits", "group_size", "rank", "alpha", "targets", "lr", "clip", "batch_size", "max_length", "seed")
+LASTING = ("method", "bits", "group_size", "rank", "alpha", "targets", "lr", "clip", "batch_size", "max_length", "seed",
+           "examples")
 
 
 def save_checkpoint(s, step, model, optimizer):
@@ -343,7 +344,7 @@ def newest_checkpoint(out):
 def load_checkpoint(s, model, optimizer):
     """Restores the newest checkpoint into the adapters and the optimizer; returns its step, 0 when there is none.
 
-    Raises UserError when it is damaged, or run.json has been changed since in what decides the result.
+    Raises UserError when it is damaged, or when run.json or the data has changed since in what decides the result.
     """
     folder = newest_checkpoint(pathlib.Path(s["out"]))
     if folder is None:
@@ -358,8 +359,8 @@ def load_checkpoint(s, model, optimizer):
         raise UserError(f"{folder}/optimizer.pt is missing or damaged ({type(e).__name__}); remove {folder} and start "
                         "the run anew without --resume") from e
     for name in changed:
-        raise UserError(f"{folder} was trained with {name} {state['settings'][name]}, but run.json says {s[name]}; put it "
-                        "back, or start the run anew without --resume")
+        raise UserError(f"{folder} was trained with {name} {state['settings'][name]}, but run.json or the data now says "
+                        f"{s[name]}; put it back, or start the run anew without --resume")
     return step
 
 
@@ -454,6 +455,9 @@ def whole_run(s):
     model, tokenizer = evals.load(out / "base", s["device"])
     train, held_out = examples or make_examples(s, records, form, tokenizer, say)
     del records  # all of --data
+    spelled = b"".join(b"%d %b" % (e.prompt_length, e.tokens.tobytes()) for e in train)
+    s["examples"] = hashlib.sha256(spelled).hexdigest()[:12]
+    del spelled
     model.model.checkpointing = bool(s["checkpointing"])
     bits = bits_per_weight(model)
     torch.manual_seed(s["seed"])

@@ -396,6 +396,24 @@ def test_a_run_whose_settings_were_edited_is_not_resumed(world, whole, tmp_path,
     assert adapter(tmp_path / "run") == before
 
 
+def test_a_number_in_run_json_may_be_written_as_a_word(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    settings = json.loads((whole / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(settings | {"steps": "8", "lr": str(settings["lr"])}))
+    run(tmp_path / "log", ["--resume", "--out", str(tmp_path / "run")])
+    assert len(metrics(tmp_path / "run")) == 8
+
+
+def test_a_run_whose_data_was_edited_is_not_resumed(world, tmp_path):
+    records = shutil.copy(world / "records.json", tmp_path)
+    run(tmp_path / "log", options(world, tmp_path / "run", data=records, steps=2))
+    pathlib.Path(records).write_text(json.dumps(RECORDS[:-1] + [RECORDS[-1] | {"output": "another"}]))
+    again = ["--resume", "--out", str(tmp_path / "run"), "--steps", "4"]
+    assert "was trained with examples" in run(tmp_path / "log", again, status=2)
+    shutil.copy(world / "records.json", tmp_path)
+    run(tmp_path / "log", again)
+
+
 @pytest.mark.parametrize("name", ["step-6/optimizer.pt", "step-6/adapter.safetensors", "base/model.safetensors",
                                   "base/config.json", "base/tokenizer.model", "base/made_from.json"])
 @pytest.mark.parametrize("content", [b"", b"garbage\xff", None])
