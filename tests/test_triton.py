@@ -1,5 +1,10 @@
 """triton_kernels.py: on a GPU where there is one, else in Triton's interpreter; the oracle is float64 arithmetic."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -103,3 +108,29 @@ def test_without_being_forced_a_cpu_takes_the_plain_path(monkeypatch):
     for switch in (None, False):
         monkeypatch.setattr(quant, "USE_TRITON", switch)
         assert quant.triton_for(torch.zeros(1, dtype=torch.bfloat16)) is None
+
+
+COMPILE = """
+import triton, triton_kernels
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTERS = {"packed": "*u8", "scale": "*fp16", "offset": "*fp32", "x": "*bf16", "out": "*bf16", "y": "*bf16"}
+for bits, planes in triton_kernels.PLANES.items():
+    sizes = dict(BITS=bits, PLANES=planes, ROWS=2, BYTES=128, GROUP_SIZE=32, GROUPS=32)
+    for kernel in (triton_kernels._dense_kernel, triton_kernels._multiply_kernel):
+        constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
+        types = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in kernel.arg_names}
+        made = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32))  # H100, H200
+        print(bits, kernel.__name__, ".target sm_90" in made.asm["ptx"], len(made.asm["cubin"]) > 0)
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    root = pathlib.Path(triton_kernels.__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6 and all(line.endswith("True True") for line in lines), lines
