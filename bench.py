@@ -27,7 +27,7 @@ import time
 import torch
 
 import quant
-from cli import Parser, run_command, written_whole
+from cli import Parser, new_file, run_command, written_whole
 from data import make_world, train_tokenizer
 from export import write_gguf
 from int4 import prepare_inference
@@ -329,8 +329,8 @@ def training(dense, quantized, facts, counts, turns, dtype, device):
 def main():
     parser = Parser(prog="bench.py", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer turns and tokens, a smaller layer for GPTQ")
-    parser.add_argument("--json", type=pathlib.Path, help="write all rows to this file")
-    parser.add_argument("--plot", type=pathlib.Path, help="draw how cost grows (PNG, needs matplotlib)")
+    parser.add_argument("--json", type=new_file, help="write all rows to this file")
+    parser.add_argument("--plot", type=new_file, help="draw how cost grows (PNG, needs matplotlib)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.plot and not importlib.util.find_spec("matplotlib"):

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +25,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def new_file(text):
+    """The path of a file to write, for argparse: a folder, or a place that cannot be written, is refused at once."""
+    path = pathlib.Path(text)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the file to write, such as {path / 'NAME'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        return path
 
 
 def run_command(main):
@@ -75,8 +86,8 @@ def flush_stdout():
 def written_whole(path):
     """Yields a path beside `path` to write a file or folder to; renamed to `path` on success, removed on failure.
 
-    An existing `path` is replaced (where it is a link, what that points to), and stays as it was until then. A folder
-    is moved aside first, as no file system replaces a full one; killed between these two renames, the old one is left
+    An existing `path` is replaced (where it is a link, what that points to), and stays as it was until then; raises
+    UserError instead of replacing a folder by a file. A folder is moved aside first, as no file system replaces a full one; killed between these two renames, the old one is left
     as `.NAME.PID.old`.
     """
     named, path = path, pathlib.Path(path).resolve()
@@ -85,6 +96,8 @@ def written_whole(path):
     _remove(beside)
     try:
         yield beside
+        if path.is_dir() and not beside.is_dir():  # nobody means to lose a folder and all that is in it
+            raise UserError(f"{named} is a folder; name a file")
         for file in [beside, *beside.rglob("*")]:  # on the disk before it bears the name
             if file.is_file():
                 with open(file, "rb") as f:

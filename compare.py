@@ -32,12 +32,13 @@ import torch
 
 import data
 import evals
-from cli import Parser, UserError, run_command, written_whole
-from llama import LINEARS, LlamaConfig, load_pretrained
+from cli import Parser, UserError, new_file, run_command, written_whole
+from llama import LINEARS, LlamaConfig, load_pretrained, read_json
 from merge import merge
 from nf4 import quantize_model_nf4
 from qalora import adapter_parameters, add_adapters
 from quant import quantize_model
+from settings import positive
 from train import bits_per_weight, calibration_texts, calibration_windows, fine_tune, pretrain
 
 FULL = dict(
@@ -198,10 +199,14 @@ def choose(rows):
     return best
 
 
-def rated(job, rates):
-    """The job once for every learning rate that one of its rows has chosen."""
+def rated(r, job, rates):
+    """The job once for every learning rate that a row deployed from it has chosen; an ablation takes its plain row's."""
     start = job.method + (f" {job.bits} bits" if job.bits else "")
-    return [job._replace(lr=lr) for lr in sorted({lr for row, lr in rates.items() if row.startswith(start)})]
+    if job.method == "QLoRA" and job != Job(job.seed, "QLoRA"):  # its ablations are deployed as they are and at the fewest bits
+        chosen = {rates["QLoRA"], rates[f"QLoRA w/ GPTQ {r['bits'][-1]} bits"]}
+    else:
+        chosen = {lr for row, lr in rates.items() if row.startswith(start)}
+    return [job._replace(lr=lr) for lr in sorted(chosen)]
 
 
 def summary(rows):
@@ -261,7 +266,7 @@ def compare(r, seeds, workers):
         print("learning rates:", json.dumps(rates), flush=True)
         jobs = [Job(seed, "base") for seed in seeds]
         for plan in (main_jobs, ablation_jobs) if r["ablations"] else (main_jobs,):
-            jobs += [job for seed in seeds for plain in plan(r, seed) for job in rated(plain, rates)]
+            jobs += [job for seed in seeds for plain in plan(r, seed) for job in rated(r, plain, rates)]
         rows = run_all(pool, r, jobs, rates)
     rows.sort(key=order([row for row in rows if row["method"] == "base"] + validation + rows))
     return {"settings": r, "seeds": seeds, "rates": rates, "validation": validation, "rows": rows}
@@ -283,7 +288,9 @@ def plot(path):
 
     As points above LoRA on the same base; the ablations are left out.
     """
-    rows = json.loads(path.read_text())["rows"]
+    rows = read_json(path).get("rows")
+    if not rows:
+        raise UserError(f"{path} holds no results of compare.py")
     print(table(rows) + "\n\n" + differences(rows))
     try:
         from matplotlib.figure import Figure
@@ -307,17 +314,17 @@ def plot(path):
 
 def main():
     parser = Parser(prog="compare.py", description=__doc__)
-    parser.add_argument("--seeds", type=int, help="how many seeds are reported (3; with --quick 1)")
+    parser.add_argument("--seeds", type=positive(int), help="how many seeds are reported (3; with --quick 1)")
     parser.add_argument("--quick", action="store_true", help="2 to 3 minutes on 2 cores")
-    parser.add_argument("--workers", type=int, default=2, help="processes at a time (2)")
-    parser.add_argument("--out", type=pathlib.Path, help="the results' file (runs/compare.json)")
+    parser.add_argument("--workers", type=positive(int), default=2, help="processes at a time (2)")
+    parser.add_argument("--out", type=new_file, help="the results' file (runs/compare.json)")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="only print and draw a results' file")
     args = parser.parse_args()
     if args.plot:
         return plot(args.plot)
+    out = args.out or new_file(f"runs/compare{'-quick' if args.quick else ''}.json")
     seeds = list(range(1, 1 + (args.seeds or (1 if args.quick else 3))))
     results = compare(QUICK if args.quick else FULL, seeds, args.workers)
-    out = args.out or pathlib.Path(f"runs/compare{'-quick' if args.quick else ''}.json")
     with written_whole(out) as beside:
         beside.write_text(json.dumps(results, indent=1) + "\n")
     print("\n" + table(results["rows"]) + "\n\n" + differences(results["rows"]) + f"\n\nwritten to {out}")

@@ -110,7 +110,7 @@ def read_records(path):
     The first record's fields decide the form of the file. UserError names file and line of the first bad record.
     """
     text = read_text(path)
-    if pathlib.Path(path).suffix == ".txt":
+    if pathlib.Path(path).suffix.lower() == ".txt":
         records, form = [Record("", p) for p in re.split(r"\r?\n\s*\n", text.strip()) if p], "text"
     else:
         records, form = [], None

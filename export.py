@@ -25,7 +25,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from cli import Parser, UserError, run_command, written_whole
+from cli import Parser, UserError, new_file, run_command, written_whole
 from data import load_tokenizer
 from llama import LINEARS, checked_config, fill, linears, open_file
 from merge import check_new, load_model
@@ -258,7 +258,7 @@ REST = "gguf.safetensors"  # in the folder of a model that came from a GGUF file
 
 def is_gguf(weights):
     """Whether these weights are one GGUF file; all others are folders. By the name, as the file need not exist."""
-    return str(weights).lower().endswith(".gguf")
+    return pathlib.Path(weights).suffix.lower() == ".gguf" and not pathlib.Path(weights).is_dir()
 
 
 def open_gguf(path):
@@ -451,11 +451,9 @@ def export(folder, path, embeddings=None):
 def main():
     parser = Parser(prog="export.py", description=__doc__)
     parser.add_argument("folder", type=pathlib.Path, help="a merged or quantized model, or a finished run")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="the GGUF file to write")
+    parser.add_argument("--out", type=new_file, required=True, help="the GGUF file to write")
     parser.add_argument("--embeddings", choices=["f16", "f32"], help="type of embedding and output head (f16)")
     args = parser.parse_args()
-    if args.out.is_dir():
-        raise UserError(f"{args.out} is a folder; name the file to write, such as {args.out / 'model.gguf'}")
     check_new(args.out)
     for sentence in export(args.folder, args.out, args.embeddings):
         print(sentence)

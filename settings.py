@@ -16,6 +16,7 @@ from quant import check_group_size, quantization_of
 
 TOY = dict(rank=8, alpha=16.0, lr=1.5e-3, steps=400, batch_size=32, micro_batch_size=32, max_length=256, clip=1.0)
 REAL = dict(rank=64, alpha=16.0, lr=2e-5, steps=10_000, batch_size=16, micro_batch_size=4, max_length=512, clip=0.3)
+PATHS = ("weights", "tokenizer", "data", "calibration")
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 MISSING_WEIGHTS = """\
 LLaMA weights are to be had from Meta (llama.com) or, once its licence is accepted, from huggingface.co/meta-llama.
@@ -130,7 +131,10 @@ def recipe(given):
 
 
 def resumed(given, parser):
-    """The settings in run.json; only --steps and --device may differ: the learning rate is constant, so more is more."""
+    """The settings in run.json; only --steps and --device may differ: the learning rate is constant, so more is more.
+
+    And files may have moved: train.py recognises the weights, the tokenizer and the examples by their contents.
+    """
     path = pathlib.Path(given.get("out") or f"runs/{given.get('model', 'tiny')}") / "run.json"
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; start without --resume, or name the run with --out")
@@ -144,7 +148,7 @@ def resumed(given, parser):
     except (ValueError, UserError) as e:
         raise UserError(f"{path} is damaged ({e}); start the run anew without --resume") from e
     for name, value in given.items():
-        if name not in ("out", "steps", "device") and settings.get(name) != value:
+        if name not in ("out", "steps", "device", *PATHS) and settings.get(name) != value:
             raise UserError(f"--{name.replace('_', '-')} {value} contradicts {path}, which says {settings.get(name)}; "
                             "leave it out, or start the run anew without --resume")
     return {**settings, **given, "out": str(path.parent)}

@@ -34,7 +34,7 @@ import data
 import evals
 from cli import UserError, run_command, written_whole
 from export import import_gguf, is_gguf
-from llama import CONFIGS, Llama, compute_dtype, fill, linears, open_weights, save_pretrained
+from llama import CONFIGS, Llama, compute_dtype, fill, linears, open_weights, read_json, save_pretrained
 from merge import base_identity, load_model, merge, save_merged
 from nf4 import quantize_model_nf4
 from qalora import adapter_parameters, add_adapters, restore_adapter, save_adapter
@@ -82,6 +82,9 @@ def made_from(s):
     wanted |= {"tokenizer": hashlib.sha256(spelling).hexdigest()}
     if s["method"] == "qalora":
         wanted |= {"bits": s["bits"], "group_size": s["group_size"], "quantizer": s["quantizer"]}
+    if uses_gptq(s):
+        told = hashlib.sha256(pathlib.Path(s["calibration"]).read_bytes()).hexdigest() if s["calibration"] else None
+        wanted |= {"calibration": told, "calibration_tokens": s["calibration_tokens"]}  # None: any data serves
     return json.dumps(wanted, indent=2) + "\n"
 
 
@@ -98,7 +101,7 @@ def base_is_made(s):
         print(f"base: {base} is already made from these weights in this way")
         return True
     if s["resume"]:
-        raise UserError(f"{weights}, its tokenizer or run.json has changed since {base} was made from it, so the run "
+        raise UserError(f"{weights}, its tokenizer, the calibration or run.json has changed since {base} was made, so the run "
                         "cannot go on; put the old files back, or start the run anew without --resume")
     print(f"base: {base} was made from other weights or in another way; making it anew")
     return False
@@ -313,11 +316,11 @@ def metrics_from(out, done):
 # ---- checkpoints: step-N/ is complete when it bears that name
 
 LASTING = ("method", "bits", "group_size", "rank", "alpha", "targets", "lr", "clip", "batch_size", "max_length", "seed",
-           "examples")
+           "base", "examples")  # besides settings, the identities of what was trained beside and on
 
 
 def save_checkpoint(s, step, model, optimizer):
-    """Writes step-N/ (the adapter, AdamW's state), then removes older ones. Only the first process writes.
+    """Writes step-N/ (the adapter, AdamW's state, what must not change), then removes older ones. Only the first process writes.
 
     Raises UserError when it cannot be written; the older ones stay.
     """
@@ -327,7 +330,8 @@ def save_checkpoint(s, step, model, optimizer):
     try:
         with written_whole(out / f"step-{step}") as beside:
             save_adapter(model, beside)  # makes the folder
-            torch.save({"step": step, "settings": lasting, "optimizer": optimizer.state_dict()}, beside / "optimizer.pt")
+            torch.save({"step": step, "optimizer": optimizer.state_dict()}, beside / "optimizer.pt")
+            (beside / "settings.json").write_text(json.dumps(lasting, indent=2) + "\n")
     except (OSError, RuntimeError, SafetensorError) as e:  # each has its own way of saying that a disk is full
         raise UserError(f"{out}/step-{step} could not be written ({e}); if the disk is full, free some space, then go on "
                         f"with: python train.py --resume --out {out}") from e
@@ -344,7 +348,7 @@ def newest_checkpoint(out):
 def load_checkpoint(s, model, optimizer):
     """Restores the newest checkpoint into the adapters and the optimizer; returns its step, 0 when there is none.
 
-    Raises UserError when it is damaged, or when run.json or the data has changed since in what decides the result.
+    Raises UserError when it is damaged.
     """
     folder = newest_checkpoint(pathlib.Path(s["out"]))
     if folder is None:
@@ -352,16 +356,25 @@ def load_checkpoint(s, model, optimizer):
     restore_adapter(model, folder)
     try:
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        changed = [name for name, value in state["settings"].items() if s[name] != value]
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     except Exception as e:  # a broken file can raise anything: the parser is not ours
         raise UserError(f"{folder}/optimizer.pt is missing or damaged ({type(e).__name__}); remove {folder} and start "
                         "the run anew without --resume") from e
-    for name in changed:
-        raise UserError(f"{folder} was trained with {name} {state['settings'][name]}, but run.json or the data now says "
-                        f"{s[name]}; put it back, or start the run anew without --resume")
     return step
+
+
+def check_same_run(s):
+    """Raises UserError when settings, base or data are no longer those of the newest checkpoint."""
+    folder = newest_checkpoint(pathlib.Path(s["out"]))
+    lasting = read_json(folder / "settings.json") if folder else {}
+    for name in LASTING if folder else ():
+        if name not in lasting:
+            raise UserError(f"{folder}/settings.json lacks {name}; remove {folder} and start the run anew without --resume")
+        if lasting[name] != s[name]:
+            where = {"base": f"{s['out']}/base", "examples": f"--data {s['data']}"}.get(name, f"{s['out']}/run.json")
+            raise UserError(f"{folder} was trained with {name} {lasting[name]}, now it is {s[name]}: {where} has changed; "
+                            "put it back, or start the run anew without --resume")
 
 
 # ---- 4. merging, and 5. scoring
@@ -455,9 +468,11 @@ def whole_run(s):
     model, tokenizer = evals.load(out / "base", s["device"])
     train, held_out = examples or make_examples(s, records, form, tokenizer, say)
     del records  # all of --data
-    spelled = b"".join(b"%d %b" % (e.prompt_length, e.tokens.tobytes()) for e in train)
-    s["examples"] = hashlib.sha256(spelled).hexdigest()[:12]
-    del spelled
+    s |= {"base": base_identity(out / "base"), "examples": digest(train + held_out)}
+    if s["resume"]:
+        check_same_run(s)
+        if RANK == 0:
+            save_settings(s)
     model.model.checkpointing = bool(s["checkpointing"])
     bits = bits_per_weight(model)
     torch.manual_seed(s["seed"])
@@ -466,7 +481,7 @@ def whole_run(s):
     say(f"fine-tuning {count:,} parameters beside {bits:.2f} bits a weight, on {len(train)} examples")
     fine_tune(s, model, train, held_out)
     if RANK == 0:
-        save_adapter(model, out / "adapter", method=s["method"], base=base_identity(out / "base"))
+        save_adapter(model, out / "adapter", method=s["method"], base=s["base"])
         results = finish_toy(s, out, model, tokenizer, world) if world else finish(s, out, model, held_out)
         with written_whole(out / "results.json") as beside:
             beside.write_text(json.dumps(results, indent=2) + "\n")
@@ -496,9 +511,7 @@ def prepare(s, out, world, records):
         if (out / "adapter").exists():
             shutil.rmtree(out / "previous-adapter", ignore_errors=True)
             (out / "adapter").rename(out / "previous-adapter")
-    kept = {name: value for name, value in s.items() if name not in ("resume", "fresh", "plot")}
-    with written_whole(out / "run.json") as beside:
-        beside.write_text(json.dumps(kept, indent=2) + "\n")
+        save_settings(s)
     if tiny_is_wanted:
         pretrain(data.make_world(), TOY_BASE)
         made = base_is_made(s)  # the same seed makes the same model
@@ -514,6 +527,19 @@ def calibration_texts(s, world, records=()):
     records = data.read_records(s["calibration"])[0] if s["calibration"] else list(records)
     random.Random(0).shuffle(records)
     return [f"{r.prompt} {r.response}".strip() for r in records]
+
+
+def save_settings(s):
+    """Writes run.json, from which --resume reads what the command line does not say."""
+    kept = {name: value for name, value in s.items() if name not in ("resume", "fresh", "plot", "base", "examples")}
+    with written_whole(pathlib.Path(s["out"]) / "run.json") as beside:
+        beside.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def digest(examples):
+    """A few hexadecimal digits that tell whether these are the same examples in the same order."""
+    told = b"".join(b"%d %b" % (e.prompt_length, e.tokens.tobytes()) for e in examples)
+    return hashlib.sha256(told).hexdigest()[:12]
 
 
 def make_examples(s, records, form, tokenizer, say):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, strategies as st
 
 import cli
-from cli import Parser, UserError, run_command, written_whole
+from cli import Parser, UserError, new_file, run_command, written_whole
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -144,7 +144,7 @@ content = st.recursive(st.binary(max_size=20), lambda inner: st.dictionaries(st.
 
 @given(before=st.none() | content, after=content, crash=st.booleans())
 def test_what_was_there_stays_whole_until_the_new_is(tmp_path_factory, before, after, crash):
-    assume(not (isinstance(before, bytes) and isinstance(after, dict)))  # that is the next test
+    assume(None in (before, after) or type(before) is type(after))  # the other cases are the next tests
     folder = tmp_path_factory.mktemp("whole")
     path = folder / "thing"
     if before is not None:
@@ -166,6 +166,22 @@ def test_a_folder_does_not_replace_a_file(tmp_path):
     with pytest.raises(OSError), written_whole(tmp_path / "out") as beside:
         beside.mkdir()
     assert found(tmp_path) == {"out": b"mine"}
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path):
+    put(tmp_path / "out", {"mine": b"1"})
+    with pytest.raises(UserError, match="out is a folder"), written_whole(tmp_path / "out") as beside:
+        beside.write_bytes(b"2")
+    assert found(tmp_path) == {"out": {"mine": b"1"}}
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    put(tmp_path / "folder", {"mine": b"1"})
+    assert ending(capsys, lambda: new_file(tmp_path / "folder"))[0] == 2
+    assert ending(capsys, lambda: new_file("/proc/nowhere/file"))[0] == 2
+    assert ending(capsys, lambda: new_file(tmp_path / "folder" / "mine" / "file"))[0] == 2
+    assert new_file(str(tmp_path / "new" / "file")) == tmp_path / "new" / "file"
+    assert found(tmp_path) == {"folder": {"mine": b"1"}, "new": {}}
 
 
 def test_an_error_without_a_name_gets_that_of_the_file_it_was_for(tmp_path, capsys):

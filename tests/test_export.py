@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 
-import gguf
 import numpy as np
 import pytest
 import sentencepiece
@@ -24,6 +23,8 @@ from llama import Llama, LlamaConfig, save_pretrained
 from merge import base_identity, load_model
 from qalora import add_adapters, adapter_parameters, save_adapter
 from quant import Quantized, QuantLinear, dequantize, quantize_model, quantize_rtn, save_quantized
+
+gguf = pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
 
 Type = gguf.GGMLQuantizationType
 CONFIG = LlamaConfig(300, 64, 96, 2, 4, 2, max_position_embeddings=77, rms_norm_eps=3e-5, rope_theta=5000.0)

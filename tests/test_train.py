@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import random
 import re
 import resource
 import shutil
@@ -405,16 +406,41 @@ def test_a_number_in_run_json_may_be_written_as_a_word(whole, tmp_path):
 
 
 def test_a_run_whose_data_was_edited_is_not_resumed(world, tmp_path):
-    records = shutil.copy(world / "records.json", tmp_path)
-    run(tmp_path / "log", options(world, tmp_path / "run", data=records, steps=2))
-    pathlib.Path(records).write_text(json.dumps(RECORDS[:-1] + [RECORDS[-1] | {"output": "another"}]))
-    again = ["--resume", "--out", str(tmp_path / "run"), "--steps", "4"]
-    assert "was trained with examples" in run(tmp_path / "log", again, status=2)
-    shutil.copy(world / "records.json", tmp_path)
+    """Whichever record it is, one to train on or one held out for validation; but the file may have moved."""
+    records, out = tmp_path / "records.json", tmp_path / "run"
+    shutil.copy(world / "records.json", records)
+    run(tmp_path / "log", options(world, out, data=records, steps=2))
+    told = (out / "run.json").read_text()
+    again = ["--resume", "--out", str(out), "--steps", "4"]
+    order = list(range(len(RECORDS)))
+    random.Random(0).shuffle(order)  # as train.py does, which holds out the first
+    for i in (order[0], order[-1]):
+        records.write_text(json.dumps(RECORDS[:i] + [RECORDS[i] | {"output": "another"}] + RECORDS[i + 1:]))
+        assert "was trained with examples" in run(tmp_path / "log", again, status=2)
+    assert (out / "run.json").read_text() == told
+    run(tmp_path / "log", [*again, "--data", str(world / "records.json")])
+    assert json.loads((out / "run.json").read_text())["data"] == str(world / "records.json")
+
+
+def test_a_base_made_anew_by_another_calibration_is_not_trained_on(world, tmp_path):
+    out, calibration = tmp_path / "run", tmp_path / "calibration.txt"
+    base = out / "base" / "model.safetensors"
+    calibration.write_text(ENGLISH)
+    words = options(world, out, quantizer="gptq", calibration=calibration, calibration_tokens=512, steps=2)
+    run(tmp_path / "log", words)
+    before, again = base.read_bytes(), ["--resume", "--out", str(out), "--steps", "4"]
+    calibration.write_text(ENGLISH[::-1])
+    assert "has changed since" in run(tmp_path / "log", again, status=2)
+    shutil.rmtree(out / "base")
+    assert "was trained with base" in run(tmp_path / "log", again, status=2)
+    assert base.read_bytes() != before
+    calibration.write_text(ENGLISH)
+    shutil.rmtree(out / "base")
     run(tmp_path / "log", again)
+    assert base.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["step-6/optimizer.pt", "step-6/adapter.safetensors", "base/model.safetensors",
+@pytest.mark.parametrize("name", ["step-6/optimizer.pt", "step-6/settings.json", "step-6/settings.json", "step-6/adapter.safetensors", "base/model.safetensors",
                                   "base/config.json", "base/tokenizer.model", "base/made_from.json"])
 @pytest.mark.parametrize("content", [b"", b"garbage\xff", None])
 def test_resuming_over_a_damaged_file_is_refused_in_one_line(world, whole, tmp_path, name, content):
@@ -474,12 +500,13 @@ def test_a_base_is_reused_unless_it_would_be_another(world, tmp_path):
     text = run(log, options(world, out, steps=1, seed=5, data=world / "fewer.json", lr=0.1, rank=2))
     assert state() == first and "already made from these weights" in text
     for change in (dict(bits=3), dict(group_size=16), dict(quantizer="gptq"), dict(weights=world / "other-weights"),
-                   dict(fresh="")):
+                   dict(quantizer="gptq"), dict(quantizer="gptq", calibration_tokens=512),
+                   dict(quantizer="gptq", calibration=world / "fewer.json"), dict(fresh="")):
         before, words = state(), [word for word in options(world, out, steps=1, **change) if word]
         text = run(log, words)
         assert state() != before and ("making it anew" in text or "fresh" in change), change
         quantization = json.loads((out / "base" / "config.json").read_text())["quantization"]
-        assert all(quantization[k] == v for k, v in change.items() if k not in ("weights", "fresh")), change
+        assert all(quantization[k] == v for k, v in change.items() if k in ("bits", "group_size", "quantizer")), change
 
 
 @given(place=st.floats(0, 1, exclude_max=True))

@@ -11,9 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import quant
-import triton_kernels
 from qalora import QALoRALinear
 from quant import QuantLinear, Quantized, dequantize, pack, quant_matmul
+
+pytest.importorskip("triton", reason="needs triton: pip install triton")
+import triton_kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -117,8 +119,8 @@ from triton.compiler import ASTSource
 
 POINTERS = {"packed": "*u8", "scale": "*fp16", "offset": "*fp32", "x": "*bf16", "out": "*bf16", "y": "*bf16"}
 for bits, planes in triton_kernels.PLANES.items():
-    sizes = dict(BITS=bits, PLANES=planes, ROWS=2, BYTES=128, GROUP_SIZE=32, GROUPS=32)
-    for kernel in (triton_kernels._dense_kernel, triton_kernels._multiply_kernel):
+    for kernel, rows in (triton_kernels._dense_kernel, 8), (triton_kernels._multiply_kernel, 2):
+        sizes = dict(BITS=bits, PLANES=planes, ROWS=rows, BYTES=128, GROUP_SIZE=32, GROUPS=32)
         constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
         types = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in kernel.arg_names}
         made = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32))  # H100, H200
