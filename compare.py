@@ -1,13 +1,13 @@
 """The paper's comparison at toy scale: what is left of a model that is fine-tuned and deployed at 4, 3 or 2 bits.
 
-    python compare.py                                the table, three seeds: about 40 minutes on 2 cores
+    python compare.py                                the table, three seeds: one to two hours on 2 cores
     python compare.py --quick                        a smaller world and model, no ablations: 2 to 3 minutes
     python compare.py --plot results/compare.json    prints it again, draws results/compare.png (matplotlib)
 
 Every seed is a world, a tokenizer and a pretrained base of its own, kept in runs/ and shared by all methods. All
 methods see the same examples in the same order, for the same number of steps, with the same rank. What differs is
 the learning rate: each row of the table takes the one whose deployed model answered best about the validation people,
-on a seed that is not reported. The people of the test are met only after that, on fresh seeds.
+on a seed that is not reported (an ablation takes its row's). The people of the test are met only after that, on fresh seeds.
 
 A `Job` is one fine-tuning and all that is deployed from it, so that the three requantizations of QLoRA share their
 adapter unless they prefer another learning rate. Unlike train.py's, this base is dense: 24,000 bits of facts in 460,000

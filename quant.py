@@ -151,7 +151,7 @@ def quantize_gptq(w_OI, hessian_II, bits, group_size, search=True, damping=0.01)
     search=False takes a group's range from its smallest to its largest weight. search=True may cut that and fits
     scale and offset to the codes, as real offsets allow: on the 1024 x 1024 layer of tests/test_search.py the relative
     output error at 2, 3 and 4 bits is 0.188, 0.091 and 0.045, not 0.430, 0.145 and 0.065 (RTN 0.393, 0.168, 0.078).
-    In compare.py at 2 bits it is worth 5.5 +- 2.1 points of exact match to QA-LoRA, 6.4 +- 1.5 to QLoRA w/ GPTQ.
+    In compare.py at 2 bits it is worth 5.5 +- 0.8 points of exact match to QA-LoRA, 8.3 +- 1.2 to QLoRA w/ GPTQ.
     Arguments, result and errors otherwise as in `quantize_rtn`.
     """
     in_features = w_OI.shape[1]
