@@ -5,6 +5,7 @@ import importlib.util
 import json
 import random
 import statistics
+import sys
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ import compare
 import data
 import quant
 import train
-from cli import UserError
+from cli import UserError, run_command
 
 SMALL = compare.FULL | dict(
     model=compare.FULL["model"] | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1),
@@ -127,6 +128,32 @@ def test_every_row_was_trained_with_the_rate_its_method_chose(small):
     assert results["rates"].keys() == {row["row"] for row in results["validation"]}
     for row in results["rows"]:
         assert row["lr"] == results["rates"].get(row["row"].partition(",")[0], 0.0), row
+
+
+def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
+    rates = {"LoRA": 0.1, "QLoRA": 0.2, "QLoRA w/ GPTQ 3 bits": 0.3, "QLoRA w/ GPTQ 2 bits": 0.4, "QA-LoRA 3 bits": 0.5,
+             "QA-LoRA 2 bits": 0.6}
+    used = lambda job: [rated.lr for rated in compare.rated(SMALL, job, rates)]
+    plain = {(job.method, job.bits): used(job) for job in compare.main_jobs(SMALL, 1)}
+    assert plain == {("LoRA", 0): [0.1], ("QLoRA", 0): [0.2, 0.3, 0.4], ("QA-LoRA", 3): [0.5], ("QA-LoRA", 2): [0.6]}
+    for job in compare.ablation_jobs(SMALL, 1):  # those of QLoRA are deployed as they are and at the fewest bits
+        assert used(job) == ([0.2, 0.4] if job.method == "QLoRA" else plain[job.method, job.bits])
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--workers", "0"], "--workers"), (["--seeds", "0"], "--seeds"), (["--seeds", "-1"], "--seeds"),
+    (["--out", "folder"], "folder is a folder"), (["--out", "results.json/file"], "results.json"),
+    (["--plot", "results.json"], "holds no results"), (["--plot", "folder/notes.txt"], "not valid JSON")])
+def test_a_wrong_option_is_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--quick", *words])
+    with pytest.raises(SystemExit) as e:
+        run_command(compare.main)
+    assert e.value.code == 2 and said in capsys.readouterr().err
+    assert sorted(f.name for f in tmp_path.rglob("*")) == ["folder", "notes.txt", "results.json"]
 
 
 def test_deployed_bits_are_codes_and_a_share_of_scale_and_offset(small):
