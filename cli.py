@@ -87,8 +87,8 @@ def written_whole(path):
     """Yields a path beside `path` to write a file or folder to; renamed to `path` on success, removed on failure.
 
     An existing `path` is replaced (where it is a link, what that points to), and stays as it was until then; raises
-    UserError instead of replacing a folder by a file. A folder is moved aside first, as no file system replaces a full one; killed between these two renames, the old one is left
-    as `.NAME.PID.old`.
+    UserError instead of replacing a folder by a file. A folder is moved aside first, as no file system replaces a full
+    one; killed between these two renames, the old one is left as `.NAME.PID.old`.
     """
     named, path = path, pathlib.Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@
 Every seed is a world, a tokenizer and a pretrained base of its own, kept in runs/ and shared by all methods. All
 methods see the same examples in the same order, for the same number of steps, with the same rank. What differs is
 the learning rate: each row of the table takes the one whose deployed model answered best about the validation people,
-on a seed that is not reported (an ablation takes its row's). The people of the test are met only after that, on fresh seeds.
+on a seed that is not reported; ablations take over the rate of their row. The people of the test are met only after
+that, on fresh seeds.
 
 A `Job` is one fine-tuning and all that is deployed from it, so that the three requantizations of QLoRA share their
 adapter unless they prefer another learning rate. Unlike train.py's, this base is dense: 24,000 bits of facts in 460,000
@@ -202,7 +203,7 @@ def choose(rows):
 def rated(r, job, rates):
     """The job once for every learning rate that a row deployed from it has chosen; an ablation takes its plain row's."""
     start = job.method + (f" {job.bits} bits" if job.bits else "")
-    if job.method == "QLoRA" and job != Job(job.seed, "QLoRA"):  # its ablations are deployed as they are and at the fewest bits
+    if job.method == "QLoRA" and job != Job(job.seed, "QLoRA"):  # an ablation: deployed as it is and at the fewest bits
         chosen = {rates["QLoRA"], rates[f"QLoRA w/ GPTQ {r['bits'][-1]} bits"]}
     else:
         chosen = {lr for row, lr in rates.items() if row.startswith(start)}

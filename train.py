@@ -320,7 +320,7 @@ LASTING = ("method", "bits", "group_size", "rank", "alpha", "targets", "lr", "cl
 
 
 def save_checkpoint(s, step, model, optimizer):
-    """Writes step-N/ (the adapter, AdamW's state, what must not change), then removes older ones. Only the first process writes.
+    """Writes step-N/ (adapter, AdamW's state, what must not change), then removes older ones. Only process 0 writes.
 
     Raises UserError when it cannot be written; the older ones stay.
     """
