@@ -1,7 +1,7 @@
 """The paper's comparison at toy scale: what is left of a model that is fine-tuned and deployed at 4, 3 or 2 bits.
 
     python compare.py                                the table, three seeds: one to two hours on 2 cores
-    python compare.py --quick                        a smaller world and model, no ablations: 2 to 3 minutes
+    python compare.py --quick                        a smaller world and model, no ablations: about 3 minutes
     python compare.py --plot results/compare.json    prints it again, draws results/compare.png (matplotlib)
 
 Every seed is a world, a tokenizer and a pretrained base of its own, kept in runs/ and shared by all methods. All
@@ -50,7 +50,7 @@ FULL = dict(
     rates=[1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3], ablations=True)
 SMALL = FULL["model"] | dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                              num_key_value_heads=2)
-QUICK = FULL | dict(model=SMALL, people=300, pretraining=dict(steps=1500, lr=1e-2, batch_size=32, length=128, warmup=100),
+QUICK = FULL | dict(model=SMALL, people=300, pretraining=dict(steps=2000, lr=1e-2, batch_size=16, length=96, warmup=100),
                     steps=100, rates=[1e-3, 2e-3], ablations=False)
 CHOOSING_SEED = 0  # the learning rates are chosen here; seeds 1, 2, ... are reported
 MEASURED = ("exact_match", "multiple_choice", "perplexity", "trainable", "bits_per_weight", "seconds")
@@ -316,7 +316,7 @@ def plot(path):
 def main():
     parser = Parser(prog="compare.py", description=__doc__)
     parser.add_argument("--seeds", type=positive(int), help="how many seeds are reported (3; with --quick 1)")
-    parser.add_argument("--quick", action="store_true", help="2 to 3 minutes on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="about 3 minutes on 2 cores")
     parser.add_argument("--workers", type=positive(int), default=2, help="processes at a time (2)")
     parser.add_argument("--out", type=new_file, help="the results' file (runs/compare.json)")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="only print and draw a results' file")
