@@ -367,8 +367,10 @@ def load_checkpoint(s, model, optimizer):
 def check_same_run(s):
     """Raises UserError when settings, base or data are no longer those of the newest checkpoint."""
     folder = newest_checkpoint(pathlib.Path(s["out"]))
-    lasting = read_json(folder / "settings.json") if folder else {}
-    for name in LASTING if folder else ():
+    if folder is None:
+        return
+    lasting = read_json(folder / "settings.json")
+    for name in LASTING:
         if name not in lasting:
             raise UserError(f"{folder}/settings.json lacks {name}; remove {folder} and start the run anew without --resume")
         if lasting[name] != s[name]:

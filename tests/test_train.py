@@ -440,8 +440,8 @@ def test_a_base_made_anew_by_another_calibration_is_not_trained_on(world, tmp_pa
     assert base.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["step-6/optimizer.pt", "step-6/settings.json", "step-6/settings.json", "step-6/adapter.safetensors", "base/model.safetensors",
-                                  "base/config.json", "base/tokenizer.model", "base/made_from.json"])
+@pytest.mark.parametrize("name", ["step-6/optimizer.pt", "step-6/settings.json", "step-6/adapter.safetensors",
+                                  "base/model.safetensors", "base/config.json", "base/tokenizer.model", "base/made_from.json"])
 @pytest.mark.parametrize("content", [b"", b"garbage\xff", None])
 def test_resuming_over_a_damaged_file_is_refused_in_one_line(world, whole, tmp_path, name, content):
     file = shutil.copytree(whole, tmp_path / "run") / name
