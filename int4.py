@@ -65,7 +65,7 @@ class Int4Linear(nn.Module):
         (blocks, inputs, half), (groups, _, _) = self.int4.shape, self.scale_zero.shape
         scale, zero = self.scale_zero.float().unbind(-1)  # [G, O]
         grouped = [t.view(groups, blocks, 1, 2 * half).transpose(0, 1) for t in (scale, zero - 8 * scale)]
-        at_a_time = max(1, quant.DENSE_AT_A_TIME // (2 * half * inputs))
+        at_a_time = max(1, quant.IN_CACHE // (2 * half * inputs))
         for i, (int4, s, o) in enumerate(zip(*(t.split(at_a_time) for t in (self.int4, *grouped)))):
             w = torch.empty(*int4.shape[:2], 2, half)  # [n, I, 2, w/2]
             w[:, :, 0], w[:, :, 1] = int4 & 15, int4 >> 4

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from cli import UserError, written_whole
 from llama import LINEARS, Llama, fill, linears, open_file, read_config, read_json, rotary_table, write_config
 
-DENSE_AT_A_TIME = 2 ** 21  # weights: a CPU's caches hold them, and a matmul of fewer spends its time arranging x
+DENSE_AT_A_TIME = 2 ** 24  # bytes: a smaller matmul takes longer a weight; for 32 MB glibc would take new pages every time
+IN_CACHE = 2 ** 21  # weights, as codes and in float32
 FEW_TOKENS = 16  # up to here a kernel that unpacks as it multiplies beats unpacking once and a dense matmul
 
 
@@ -324,17 +325,18 @@ class QuantMatmul(torch.autograd.Function):
 
 
 def product(x_NI, packed, scale, offset, bits, kernels=None):
-    """x @ wᵀ, [N, O]. Some rows of w at a time, so that they are multiplied while in a CPU's cache."""
+    """x @ wᵀ, [N, O]. Some rows of w at a time, so that it is never dense as a whole."""
     tokens, in_features = x_NI.shape
     if kernels and 0 < tokens <= FEW_TOKENS and kernels.can_multiply(scale, bits, in_features):
         return kernels.multiply(x_NI, packed, scale, offset, bits)
     if kernels:
         return x_NI @ kernels.dense(packed, scale, offset, bits, in_features, x_NI.dtype).t()
     y_NO = x_NI.new_empty(tokens, len(packed))
-    at_a_time = power_of_two(DENSE_AT_A_TIME // in_features)
+    at_a_time = power_of_two(DENSE_AT_A_TIME // x_NI.itemsize // in_features)
     for rows in (slice(start, start + at_a_time) for start in range(0, len(packed), at_a_time)):
         w = dense(packed[rows], scale[rows], offset[rows], bits, in_features, x_NI.dtype)
         torch.mm(x_NI, w.t(), out=y_NO[:, rows])
+        del w  # so that the next part takes its place
     return y_NO
 
 
@@ -351,7 +353,7 @@ def input_gradient(gy_NO, packed, scale, offset, bits, in_features, kernels=None
     packed, scale, offset = packed.unflatten(1, (bits * runs // 8, -1)), *(
         t.unflatten(1, (runs, -1)) for t in (scale, offset))  # [O, runs, bytes or groups of a run]
     gx = gy_NO.new_empty(len(gy_NO), runs, in_features // runs)
-    at_a_time = power_of_two(DENSE_AT_A_TIME // (len(packed) * runs * group_size))
+    at_a_time = power_of_two(DENSE_AT_A_TIME // gy_NO.itemsize // (len(packed) * runs * group_size))
     for groups in (slice(start, start + at_a_time) for start in range(0, scale.shape[2], at_a_time)):
         inputs = slice(groups.start * group_size, groups.stop * group_size)
         part = packed[..., inputs].flatten(1), scale[..., groups].flatten(1), offset[..., groups].flatten(1)
@@ -383,20 +385,23 @@ dequantized = 0
 def dense(packed, scale, offset, bits, in_features, dtype):
     """The matrix [O, in_features] that a packed one stands for: `dequantize` after `unpack`, to the bit.
 
-    That takes seven passes over the weights. Where much is dequantized on a CPU, torch.compile makes them one, which
-    takes a third of the time. Without a C++ compiler the plain path goes on.
+    That takes seven passes over the weights, some in a CPU's cache at a time. Where much is dequantized on a CPU,
+    torch.compile makes them one, which takes a third of the time. Without a C++ compiler the plain path goes on.
     """
     global dequantized, USE_COMPILER
+    wide = torch.promote_types(dtype, torch.float32)
     weights = len(packed) * in_features
     dequantized += weights if weights >= 2 ** 18 else 0  # in small matrices it is not the passes that take the time
     wanted = dequantized > COMPILE_AFTER if USE_COMPILER is None else USE_COMPILER
     if wanted and packed.device.type == "cpu" and whole_groups(in_features, in_features // scale.shape[1], bits):
-        wide = torch.promote_types(dtype, torch.float32)
         try:
             return _compiled()(packed, *(t.to(wide).view(len(t), planes(bits), -1, 1) for t in (scale, offset)), bits, dtype)
         except Exception:  # no compiler, or no room for the files it writes
             USE_COMPILER = False
-    return dequantize(Quantized(unpack(packed, bits, in_features), scale, offset), dtype)
+    w_OI = torch.empty(len(packed), in_features, dtype=dtype, device=packed.device)
+    for w, *part in zip(*(t.split(max(1, IN_CACHE // in_features)) for t in (w_OI, packed, scale, offset))):
+        w.copy_(dequantize(Quantized(unpack(part[0], bits, in_features), *part[1:]), wide))
+    return w_OI
 
 
 @functools.cache
@@ -408,13 +413,16 @@ def _compiled():
 def _plane_by_plane(packed, scale, offset, bits, dtype):  # scale, offset [O, planes, groups of a plane, 1]
     rows, runs, groups, _ = scale.shape
     first, second, high = packed.chunk(3, dim=1)  # at 3 bits: two low bits of even and of odd planes, and the high bits
+    number = lambda fields: fields.view(rows, groups, -1).to(scale.dtype)
     made = []
     for k in range(runs):
+        # Fields stay where they lie, 2^at times too large, and their scales shrink by as much: no rounding, no shifts
+        at = k // 2 * 2 if bits == 3 else bits * k
         if bits == 3:
-            codes = (second if k % 2 else first) >> k // 2 * 2 & 3 | (high >> k & 1) << 2
+            codes = number((second if k % 2 else first) & 3 << at) + number(high & 1 << k) * 2.0 ** (2 + at - k)
         else:
-            codes = packed >> bits * k & 2 ** bits - 1
-        made.append((codes.view(rows, groups, -1).to(scale.dtype) * scale[:, k] + offset[:, k]).to(dtype))
+            codes = number(packed & 2 ** bits - 1 << at)
+        made.append((codes * (scale[:, k] * 2.0 ** -at) + offset[:, k]).to(dtype))
     return torch.stack(made, dim=1).view(rows, -1)
 
 

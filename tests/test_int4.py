@@ -59,7 +59,7 @@ def test_a_prepared_layer_may_unpack_any_number_of_rows_at_a_time(monkeypatch):
     layer, _ = int4_case(0, 3 * int4.int4_interleaving(), 2, 32)
     layer, x = int4.prepare_inference(nn.Sequential(layer))[0], integers(0, -4, 4, 20, 64)
     whole = layer(x)
-    monkeypatch.setattr(quant, "DENSE_AT_A_TIME", 2 * 64 * int4.int4_interleaving())  # two blocks, then one
+    monkeypatch.setattr(quant, "IN_CACHE", 2 * 64 * int4.int4_interleaving())  # two blocks, then one
     assert torch.equal(layer(x), whole)
 
 

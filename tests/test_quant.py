@@ -411,7 +411,8 @@ def test_it_does_not_matter_how_much_is_dequantized_at_a_time(monkeypatch, dtype
         leaf = x.to(dtype).requires_grad_()
         y = quant_matmul(leaf, pack(q.codes, bits), q.scale, q.offset, bits)
         results.append([y, *torch.autograd.grad(y, leaf, grad)])
-        monkeypatch.setattr(quant, "DENSE_AT_A_TIME", at_a_time)
+        monkeypatch.setattr(quant, "DENSE_AT_A_TIME", at_a_time * leaf.itemsize)
+        monkeypatch.setattr(quant, "IN_CACHE", at_a_time // 2)
     assert same(*results)
 
 
@@ -420,6 +421,7 @@ def test_it_does_not_matter_how_much_is_dequantized_at_a_time(monkeypatch, dtype
 def test_compiled_it_has_the_same_bits(monkeypatch, dtype, bits):
     """Not up to rounding: a run that was resumed, or merged, after the compiler came in must not tell."""
     q = random_quantized(bits, 24, 8, 32, bits)
+    q.scale[:8] = torch.tensor([2.0 ** -24, 3 * 2.0 ** -24, 0, 65504, 2.0 ** -14, 1, 1 / 3, 1e-5])  # its least and largest
     x, results = normal(0, 7, 256).to(dtype), []
     for use in (False, True):
         monkeypatch.setattr(quant, "USE_COMPILER", use)
@@ -460,7 +462,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
 def test_in_low_precision_it_errs_no_more_than_a_dense_layer(monkeypatch, dtype, eps, bits):
     """Weights and results are each rounded once, in input gradients too. The offset's gradient is a product of the
     rounded pooled input, and rounded. (Codes and offsets apart, in bfloat16, would err three times as much.)"""
-    monkeypatch.setattr(quant, "DENSE_AT_A_TIME", 2 ** 14)  # 16 pieces, whose sum is not to be rounded 16 times
+    monkeypatch.setattr(quant, "DENSE_AT_A_TIME", 2 * 2 ** 14)  # 16 pieces, whose sum is not to be rounded 16 times
     w, x, grad = normal(0, 256, 1024) * 0.02, normal(1, 64, 1024).to(dtype), normal(2, 64, 256).to(dtype)
     q = quantize_rtn(w, bits, 32)
     x_, offset = x.clone().requires_grad_(), q.offset.clone().requires_grad_()
