@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cli import UserError, written_whole
 from llama import LINEARS, Llama, fill, linears, open_file, read_config, read_json, rotary_table, write_config
 
-DENSE_AT_A_TIME = 2 ** 24  # bytes: a smaller matmul takes longer a weight; for 32 MB glibc would take new pages every time
+DENSE_AT_A_TIME = 2 ** 24  # bytes: a smaller matmul takes longer a weight, and glibc maps 32 MB anew every time
 IN_CACHE = 2 ** 21  # weights, as codes and in float32
 FEW_TOKENS = 16  # up to here a kernel that unpacks as it multiplies beats unpacking once and a dense matmul
 
@@ -327,7 +327,7 @@ class QuantMatmul(torch.autograd.Function):
 def product(x_NI, packed, scale, offset, bits, kernels=None):
     """x @ wᵀ, [N, O]. Some rows of w at a time, so that it is never dense as a whole."""
     tokens, in_features = x_NI.shape
-    if kernels and 0 < tokens <= FEW_TOKENS and kernels.can_multiply(scale, bits, in_features):
+    if kernels and 0 < tokens <= FEW_TOKENS:
         return kernels.multiply(x_NI, packed, scale, offset, bits)
     if kernels:
         return x_NI @ kernels.dense(packed, scale, offset, bits, in_features, x_NI.dtype).t()
