@@ -279,7 +279,7 @@ def plot(rows, path):
         for name in dict.fromkeys(row["name"] for row in rows):
             line = [row for row in rows if (row["axis"], row["name"]) == (axis, name)]
             picture.plot([row["value"] for row in line], [row["milliseconds"] for row in line], "o-", label=name)
-        picture.set(xlabel=axis, ylabel="ms a step", xscale="log", yscale="log")
+        picture.set(xlabel=axis, ylabel="ms a step", xlim=(0, None), ylim=(0, None))
     pictures[0].legend()
     with written_whole(path) as beside:
         figure.savefig(beside, format="png", dpi=110)
