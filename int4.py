@@ -8,9 +8,12 @@ import functools
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import quant
-from quant import FEW_TOKENS, QuantLinear, unpack
+from quant import QuantLinear, unpack
+
+FEW_TOKENS = 128  # the kernel takes as long for each as for one; for more, unpacking once and a dense matmul take less
 
 
 def prepare_inference(model):
@@ -18,9 +21,9 @@ def prepare_inference(model):
 
     The kernel is for CPUs and groups of 32, 64, 128 or 256; a layer it does not take stays as it is.
     """
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, QuantLinear) and Int4Linear.takes(layer):
-            model.set_submodule(name, Int4Linear(layer))
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantLinear) and Int4Linear.takes(m)]
+    for name, layer in tqdm(layers, "repacking for decoding", unit="layer", delay=2):  # a bar where it takes longer
+        model.set_submodule(name, Int4Linear(layer))
     return model
 
 

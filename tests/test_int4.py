@@ -20,10 +20,10 @@ def int4_case(seed, rows, groups, group_size, bits=4):
     return QuantLinear.from_quantized(quantized, bits), dense(quantized)
 
 
-@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.integers(1, 40), SEEDS)
-@example(9, 2, 32, 17, 0)  # more rows than are unpacked at a time, the last piece a short one
-@example(1, 1, 32, 16, 0)  # the last number of tokens that the kernel gets
-@example(1, 1, 32, 17, 0)  # the first that are multiplied by unpacked rows
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.integers(1, 200), SEEDS)
+@example(9, 2, 32, 129, 0)  # more rows than are unpacked at a time, the last piece a short one
+@example(1, 1, 32, 128, 0)  # the last number of tokens that the kernel gets
+@example(1, 1, 32, 129, 0)  # the first that are multiplied by unpacked rows
 @settings(max_examples=20)
 def test_a_prepared_layer_multiplies_by_the_same_weights(blocks, groups, group_size, tokens, seed):
     """Inputs are small integers, which bfloat16 holds, so that only sums round: to bfloat16 where the kernel is used."""
@@ -36,11 +36,11 @@ def test_a_prepared_layer_multiplies_by_the_same_weights(blocks, groups, group_s
         y = model(x.to(dtype).view(1, tokens, -1))
         assert y.dtype == dtype and y.shape == (1, tokens, len(w))
         exact, size = x.double() @ w.t(), x.double().abs() @ w.abs().t()
-        precise = dtype == torch.float32 and tokens > quant.FEW_TOKENS
+        precise = dtype == torch.float32 and tokens > int4.FEW_TOKENS
         assert ((y[0] - exact).abs() <= (1e-6 if precise else 2 ** -7) * size).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize("tokens", [1, 200])
 def test_a_prepared_layer_errs_by_bfloat16s_rounding_of_scale_and_centred_offset(tokens):
     """By 0.0035 of the result, measured; a dense bfloat16 layer by 0.0024."""
     layer = QuantLinear.from_quantized(quantize_rtn(normal(0, 128, 1024) * 0.02, 4, 32), 4)
@@ -57,7 +57,7 @@ def test_a_layer_that_the_int4_kernel_does_not_take_stays(bits, rows, group_size
 
 def test_a_prepared_layer_may_unpack_any_number_of_rows_at_a_time(monkeypatch):
     layer, _ = int4_case(0, 3 * int4.int4_interleaving(), 2, 32)
-    layer, x = int4.prepare_inference(nn.Sequential(layer))[0], integers(0, -4, 4, 20, 64)
+    layer, x = int4.prepare_inference(nn.Sequential(layer))[0], integers(0, -4, 4, 200, 64)
     whole = layer(x)
     monkeypatch.setattr(quant, "IN_CACHE", 2 * 64 * int4.int4_interleaving())  # two blocks, then one
     assert torch.equal(layer(x), whole)
