@@ -1,4 +1,4 @@
-"""Decoding on a CPU: 4-bit layers repacked for PyTorch's own int4 kernel, which takes a third of a dense layer's time.
+"""Decoding on a CPU: layers repacked for PyTorch's own int4 kernel, which takes a quarter of a dense layer's time.
 
 Only for using a model, a token at a time; training, merging and every claim about equal bits stay with quant.py. Used by
 `sample.py` and measured by `bench.py`.
@@ -17,9 +17,10 @@ FEW_TOKENS = 128  # the kernel takes as long for each as for one; for more, unpa
 
 
 def prepare_inference(model):
-    """Repacks a model's 4-bit layers for PyTorch's int4 kernel, in place; returns the model, to be used only, not saved.
+    """Repacks a model's QuantLinears for PyTorch's int4 kernel, in place; returns the model, to be used only, not saved.
 
-    The kernel is for CPUs and groups of 32, 64, 128 or 256; a layer it does not take stays as it is.
+    The kernel is for CPUs and groups of 32, 64, 128 or 256; a layer it does not take stays as it is. Codes of 2 and 3
+    bits take 4 there.
     """
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantLinear) and Int4Linear.takes(m)]
     for name, layer in tqdm(layers, "repacking for decoding", unit="layer", delay=2):  # a bar where it takes longer
@@ -28,28 +29,29 @@ def prepare_inference(model):
 
 
 class Int4Linear(nn.Module):
-    """A 4-bit QuantLinear, its codes repacked for PyTorch's int4 kernel, which takes a third of a dense layer's time.
+    """A QuantLinear, its codes repacked for PyTorch's int4 kernel.
 
     The kernel reads 16-bit floats, so a result is about as exact as bfloat16 (relative error 0.0035), never the same bits
-    as a QuantLinear's. bfloat16 rounds offset + 8 * scale by 2^-9 of it at most: some thousandths of a quantization
-    step, as the float16 of GGUF does.
+    as a QuantLinear's. It takes 8 from a code and adds a zero; so codes of 2 and 3 bits are raised until 8 is their
+    middle, and the zero is the group's middle weight: small, and rounded by some thousandths of a quantization step.
     Buffers: int4 [O / w, I, w/2] uint8, whose byte j holds the codes of rows j and j + w/2 of w neighbouring ones;
-    scale_zero [G, O, 2] bfloat16, the scale and offset + 8 * scale, since the kernel takes 8 from the codes.
+    scale_zero [G, O, 2] bfloat16.
     """
 
     def __init__(self, layer):
         super().__init__()
         self.group_size, half = layer.group_size, int4_interleaving() // 2
-        codes = unpack(layer.packed, 4, layer.in_features)
+        middle = 2 ** (layer.bits - 1)
+        codes = unpack(layer.packed, layer.bits, layer.in_features) + (8 - middle)
         repacked = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         self.register_buffer("int4", repacked.view(-1, layer.in_features, half))
         scale = layer.scale.float()
-        scale_zero_OG2 = torch.stack((scale, layer.offset + 8 * scale), dim=-1)
+        scale_zero_OG2 = torch.stack((scale, layer.offset + middle * scale), dim=-1)
         self.register_buffer("scale_zero", scale_zero_OG2.transpose(0, 1).bfloat16().contiguous())
 
     @staticmethod
     def takes(layer):
-        fits = layer.bits == 4 and layer.group_size in (32, 64, 128, 256) and layer.packed.device.type == "cpu"
+        fits = layer.group_size in (32, 64, 128, 256) and layer.packed.device.type == "cpu"
         return fits and int4_interleaving() and layer.out_features % int4_interleaving() == 0
 
     def forward(self, x):  # [..., I] -> [..., O]

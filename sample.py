@@ -85,7 +85,7 @@ def main():
     if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python passes on bytes that are no UTF-8
         parser.error("the prompt is not UTF-8")
     model, tokenizer = load(args.folder, args.device)
-    prepare_inference(model)  # takes half a minute for a 7b, and each token then a third of the time
+    prepare_inference(model)  # takes half a minute for a 7b, and each token then takes a quarter of a dense model's time
     sample(model, tokenizer, prompt, write, echo=args.instruction is None, max_new_tokens=args.max_new_tokens,
            temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     print()
