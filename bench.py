@@ -83,7 +83,7 @@ def compare(what, contenders, turns, device, parts=1, floor=None):
 
 
 def machine(device):
-    """Name, matmul rates (operations a second, by dtype) and copy bandwidth (bytes a second) of this machine."""
+    """Name, matmul rates (operations a second, by dtype) and memory bandwidth (bytes read and written a second) of this machine."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     if pathlib.Path("/proc/cpuinfo").exists() and device == "cpu":
         facts = dict(line.split("\t: ", 1) for line in open("/proc/cpuinfo") if "\t: " in line.replace("\t\t", "\t"))
@@ -295,7 +295,7 @@ def inference(dense, quantized, facts, turns, dtype, device):
         "dense torch.bfloat16": one_token(low, torch.bfloat16, device),  # the same, where bfloat16 is native
         f"ours, 4 bits, {8 * held / weights:.2f} bits held a weight": one_token(ready, dtype, device),
         "llama.cpp, Q4_1": llama_cpp_token(quantized) if device == "cpu" else None,
-    }, 10 * turns, device, parts=layers, floor=2 * held / facts["copy"])
+    }, 10 * turns, device, parts=layers, floor=held / facts["copy"])
     tokens = torch.zeros(1, 256, dtype=torch.long, device=device)
     prefill = lambda model: torch.inference_mode()(lambda: model(tokens))
     return rows + compare("prefill of 256 tokens, per block", {

@@ -25,7 +25,7 @@ from cli import UserError, written_whole
 from llama import LINEARS, Llama, fill, linears, open_file, read_config, read_json, rotary_table, write_config
 
 DENSE_AT_A_TIME = 2 ** 24  # bytes: a smaller matmul takes longer a weight, and glibc maps 32 MB anew every time
-IN_CACHE = 2 ** 21  # weights, as codes and in float32
+IN_CACHE = 2 ** 20  # weights: 4 MB in float32 and 1 MB of codes
 FEW_TOKENS = 16  # up to here a kernel that unpacks as it multiplies beats unpacking once and a dense matmul
 
 
@@ -93,7 +93,7 @@ def dequantize(quantized, dtype=torch.float32):
     codes, scale, offset = quantized
     wide = torch.promote_types(dtype, torch.float32)
     w_OGg = codes.to(wide).view(*scale.shape, -1)
-    w_OGg.mul_(scale.to(wide).unsqueeze(-1)).add_(offset.to(wide).unsqueeze(-1))  # torch.addcmul takes three times as long
+    w_OGg.mul_(scale.to(wide).unsqueeze(-1)).add_(offset.to(wide).unsqueeze(-1))  # torch.addcmul takes several times as long
     return w_OGg.view(codes.shape).to(dtype)
 
 
@@ -285,8 +285,8 @@ def quant_matmul(x, packed, scale, offset, bits):
     """y = x @ (scale * codes + offset)ᵀ for a packed weight, differentiable in x and offset.
 
     x: [..., I] float; packed: [O, packed_width(I, bits)]; scale: [O, G] float16; offset: [O, G]; result [..., O] in x's
-    dtype. A part of the weight at a time is dequantized, rounded once to x's dtype, and multiplied: as exact as a dense
-    layer of that dtype. In a group whose codes differ, rounding weight by weight lets through a change of the offset
+    dtype. The weight, mostly a part of it at a time, is dequantized, rounded once to x's dtype and multiplied: as exact as
+    a dense layer of that dtype. In a group whose codes differ, rounding weight by weight lets through a change of the offset
     far below bfloat16's steps, in the mean over the group; a bfloat16 offset beside the codes would swallow it.
     """
     assert x.shape[-1] % scale.shape[1] == 0 and packed.shape[1] == packed_width(x.shape[-1], bits), \
@@ -325,7 +325,7 @@ class QuantMatmul(torch.autograd.Function):
 
 
 def product(x_NI, packed, scale, offset, bits, kernels=None):
-    """x @ wᵀ, [N, O]. Some rows of w at a time, so that it is never dense as a whole."""
+    """x @ wᵀ, [N, O]. On a CPU some rows of w at a time, so that it is never dense as a whole."""
     tokens, in_features = x_NI.shape
     if kernels and 0 < tokens <= FEW_TOKENS:
         return kernels.multiply(x_NI, packed, scale, offset, bits)
@@ -343,33 +343,35 @@ def product(x_NI, packed, scale, offset, bits, kernels=None):
 def input_gradient(gy_NO, packed, scale, offset, bits, in_features, kernels=None):
     """gy @ w, [N, I]. Some columns of w at a time, as adding up what rows of it give would round a sum again and again.
 
-    Bytes from the same place in each plane are a packing too: of the codes at that place in each plane.
+    Bytes from the same place in each plane are a packing too: of the codes at that place in each plane. Where a group
+    lies in two planes w is dequantized as a whole.
     """
-    runs, group_size = planes(bits), in_features // scale.shape[1]
+    planes, group_size = plane_count(bits), in_features // scale.shape[1]
     if kernels:
         return gy_NO @ kernels.dense(packed, scale, offset, bits, in_features, gy_NO.dtype)
     if not whole_groups(in_features, group_size, bits):
         return gy_NO @ dense(packed, scale, offset, bits, in_features, gy_NO.dtype)
-    packed, scale, offset = packed.unflatten(1, (bits * runs // 8, -1)), *(
-        t.unflatten(1, (runs, -1)) for t in (scale, offset))  # [O, runs, bytes or groups of a run]
-    gx = gy_NO.new_empty(len(gy_NO), runs, in_features // runs)
-    at_a_time = power_of_two(DENSE_AT_A_TIME // gy_NO.itemsize // (len(packed) * runs * group_size))
+    packed, scale, offset = packed.unflatten(1, (bits * planes // 8, -1)), *(
+        t.unflatten(1, (planes, -1)) for t in (scale, offset))  # [O, planes, bytes or groups of a plane]
+    gx = gy_NO.new_empty(len(gy_NO), planes, in_features // planes)
+    at_a_time = power_of_two(DENSE_AT_A_TIME // gy_NO.itemsize // (len(packed) * planes * group_size))
     for groups in (slice(start, start + at_a_time) for start in range(0, scale.shape[2], at_a_time)):
         inputs = slice(groups.start * group_size, groups.stop * group_size)
         part = packed[..., inputs].flatten(1), scale[..., groups].flatten(1), offset[..., groups].flatten(1)
         w = dense(*part, bits, part[1].shape[1] * group_size, gy_NO.dtype)
-        gx[..., inputs] = (gy_NO @ w).unflatten(1, (runs, -1))
+        gx[..., inputs] = (gy_NO @ w).unflatten(1, (planes, -1))
+        del w
     return gx.flatten(1)
 
 
-def planes(bits):
-    """How many runs of consecutive inputs the bits of a row's bytes hold."""
+def plane_count(bits):
+    """How many planes, stretches of consecutive inputs, share a row's bytes."""
     return 8 if bits == 3 else 8 // bits  # at 3 bits as many as the high bits do
 
 
 def whole_groups(in_features, group_size, bits):
     """Whether rows are packed without padding and no group lies in two planes."""
-    return in_features % 32 == 0 and in_features // planes(bits) % group_size == 0
+    return in_features % 32 == 0 and in_features // plane_count(bits) % group_size == 0
 
 
 def power_of_two(limit):
@@ -385,8 +387,9 @@ dequantized = 0
 def dense(packed, scale, offset, bits, in_features, dtype):
     """The matrix [O, in_features] that a packed one stands for: `dequantize` after `unpack`, to the bit.
 
-    That takes seven passes over the weights, some in a CPU's cache at a time. Where much is dequantized on a CPU,
-    torch.compile makes them one, which takes a third of the time. Without a C++ compiler the plain path goes on.
+    That takes five to eight passes over the weights, over as many at a time as a CPU's cache holds. Where much is
+    dequantized on a CPU, torch.compile makes them one, which takes a third to a half of the time. Without a C++ compiler
+    the plain path goes on.
     """
     global dequantized, USE_COMPILER
     wide = torch.promote_types(dtype, torch.float32)
@@ -395,9 +398,12 @@ def dense(packed, scale, offset, bits, in_features, dtype):
     wanted = dequantized > COMPILE_AFTER if USE_COMPILER is None else USE_COMPILER
     if wanted and packed.device.type == "cpu" and whole_groups(in_features, in_features // scale.shape[1], bits):
         try:
-            return _compiled()(packed, *(t.to(wide).view(len(t), planes(bits), -1, 1) for t in (scale, offset)), bits, dtype)
+            scale_, offset_ = (t.to(wide).view(len(t), plane_count(bits), -1, 1) for t in (scale, offset))
+            return _compiled()(packed, scale_, offset_, bits, dtype)
         except Exception:  # no compiler, or no room for the files it writes
             USE_COMPILER = False
+    if weights <= IN_CACHE or dtype == wide:
+        return dequantize(Quantized(unpack(packed, bits, in_features), scale, offset), dtype)
     w_OI = torch.empty(len(packed), in_features, dtype=dtype, device=packed.device)
     for w, *part in zip(*(t.split(max(1, IN_CACHE // in_features)) for t in (w_OI, packed, scale, offset))):
         w.copy_(dequantize(Quantized(unpack(part[0], bits, in_features), *part[1:]), wide))
@@ -406,19 +412,19 @@ def dense(packed, scale, offset, bits, in_features, dtype):
 
 @functools.cache
 def _compiled():
-    torch._dynamo.config.recompile_limit = 64  # shapes of pieces, with and without gradients
+    torch._dynamo.config.recompile_limit = 64  # shapes of pieces, in training and in inference mode
     return torch.compile(_plane_by_plane, dynamic=False)
 
 
 def _plane_by_plane(packed, scale, offset, bits, dtype):  # scale, offset [O, planes, groups of a plane, 1]
-    rows, runs, groups, _ = scale.shape
-    first, second, high = packed.chunk(3, dim=1)  # at 3 bits: two low bits of even and of odd planes, and the high bits
+    rows, planes, groups, _ = scale.shape
     number = lambda fields: fields.view(rows, groups, -1).to(scale.dtype)
     made = []
-    for k in range(runs):
+    for k in range(planes):
         # Fields stay where they lie, 2^at times too large, and their scales shrink by as much: no rounding, no shifts
         at = k // 2 * 2 if bits == 3 else bits * k
         if bits == 3:
+            first, second, high = packed.chunk(3, dim=1)  # two low bits of even and of odd planes, and the high bits
             codes = number((second if k % 2 else first) & 3 << at) + number(high & 1 << k) * 2.0 ** (2 + at - k)
         else:
             codes = number(packed & 2 ** bits - 1 << at)

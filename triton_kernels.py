@@ -1,6 +1,6 @@
 """Two Triton kernels for GPUs: unpack a quantized matrix, and multiply by it without unpacking. Optional.
 
-`dense` writes the matrix in 16 bits for an ordinary matmul: right for many tokens, whose matmul takes far longer.
+`dense` writes the matrix for an ordinary matmul: right for many tokens, whose matmul takes far longer.
 `multiply` unpacks in registers: right for few tokens, where a layer takes as long as its bytes take to be read. Both
 compute in float32, as Triton's interpreter needs (version 3.9 gets bfloat16 arithmetic and tl.dot wrong), and round
 once. A row's bytes are planes (see `quant.pack`), so neighbouring lanes read neighbouring bytes and inputs. Programs go
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-PLANES = {2: 4, 3: 8, 4: 2}  # how many stretches of consecutive inputs the bits of a row's bytes hold
+PLANES = {2: 4, 3: 8, 4: 2}  # how many planes, stretches of consecutive inputs, share a row's bytes
 
 
 def dense(packed, scale, offset, bits, in_features, dtype):
@@ -26,8 +26,8 @@ def dense(packed, scale, offset, bits, in_features, dtype):
     w_OI = torch.empty(rows, in_features, dtype=dtype, device=packed.device)
     with torch.cuda.device_of(packed):
         _dense_kernel[triton.cdiv(rows, 8), triton.cdiv(plane, 128)](
-            packed, scale, offset.contiguous(), w_OI, rows, in_features, plane, packed.shape[1], groups,
-            bits, PLANES[bits], in_features // groups, 8, 128 // run, run)
+            packed.contiguous(), scale.contiguous(), offset.contiguous(), w_OI, rows, in_features, plane,
+            packed.shape[1], groups, bits, PLANES[bits], in_features // groups, 8, 128 // run, run)
     return w_OI
 
 
@@ -38,8 +38,8 @@ def multiply(x_NI, packed, scale, offset, bits):
     y_NO = torch.empty(tokens, rows, dtype=x_NI.dtype, device=x_NI.device)
     with torch.cuda.device_of(packed):
         _multiply_kernel[triton.cdiv(rows, 2), tokens](
-            x_NI.contiguous(), packed, scale, offset.contiguous(), y_NO, rows, inputs, plane, packed.shape[1], groups,
-            bits, PLANES[bits], inputs // groups, 2, 1024 // run, run)
+            x_NI.contiguous(), packed.contiguous(), scale.contiguous(), offset.contiguous(), y_NO, rows, inputs, plane,
+            packed.shape[1], groups, bits, PLANES[bits], inputs // groups, 2, 1024 // run, run)
     return y_NO
 
 

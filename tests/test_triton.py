@@ -37,6 +37,10 @@ def case(seed, tokens, rows, groups, group_size, bits):
     return x.to(DEVICE), Quantized(*(t.to(DEVICE) for t in (codes, scale, offset)))
 
 
+def transposed_in_memory(t):
+    return t.t().contiguous().t()
+
+
 def rounded_once(w, exact):
     """Whether w is `exact` in w's dtype; the interpreter truncates to bfloat16 where a GPU rounds to nearest."""
     if DEVICE == "cpu" and w.dtype == torch.bfloat16:
@@ -51,7 +55,8 @@ def rounded_once(w, exact):
 def test_dense_is_scale_times_code_plus_offset_rounded_once(dtype, bits, rows, groups, group_size, seed):
     _, q = case(seed, 1, rows, groups, group_size, bits)
     q = q._replace(offset=(8 * q.offset).round() / 8, scale=(8 * q.scale).round() / 8)  # exact in float32
-    w = triton_kernels.dense(pack(q.codes, bits), q.scale, q.offset, bits, groups * group_size, dtype)
+    stored = map(transposed_in_memory, (pack(q.codes, bits), q.scale, q.offset))
+    w = triton_kernels.dense(*stored, bits, groups * group_size, dtype)
     spread_out = lambda t: t.double().repeat_interleave(group_size, dim=1)
     exact = spread_out(q.scale) * q.codes.double() + spread_out(q.offset)
     assert w.dtype == dtype and rounded_once(w, exact), (w - exact).abs().max()
@@ -63,7 +68,7 @@ def test_dense_is_scale_times_code_plus_offset_rounded_once(dtype, bits, rows, g
 def test_multiply_is_dequantize_then_matmul(dtype, bits, tokens, rows, groups, group_size, seed):
     x, q = case(seed, tokens, rows, groups, group_size, bits)
     x = x.to(dtype)
-    y = triton_kernels.multiply(x, pack(q.codes, bits), q.scale, q.offset, bits)
+    y = triton_kernels.multiply(*map(transposed_in_memory, (x, pack(q.codes, bits), q.scale, q.offset)), bits)
     w = dequantize(q._replace(scale=q.scale.double(), offset=q.offset.double()))
     exact, size = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
     assert y.dtype == dtype
