@@ -286,8 +286,8 @@ def quant_matmul(x, packed, scale, offset, bits):
 
     x: [..., I] float; packed: [O, packed_width(I, bits)]; scale: [O, G] float16; offset: [O, G]; result [..., O] in x's
     dtype. The weight, mostly a part of it at a time, is dequantized, rounded once to x's dtype and multiplied: as exact as
-    a dense layer of that dtype. In a group whose codes differ, rounding weight by weight lets through a change of the offset
-    far below bfloat16's steps, in the mean over the group; a bfloat16 offset beside the codes would swallow it.
+    a dense layer of that dtype. In a group whose codes differ, rounding weight by weight lets through a change of the
+    offset far below bfloat16's steps, in the mean over the group; a bfloat16 offset beside the codes would swallow it.
     """
     assert x.shape[-1] % scale.shape[1] == 0 and packed.shape[1] == packed_width(x.shape[-1], bits), \
         f"x {tuple(x.shape)} does not fit packed {tuple(packed.shape)} and scale {tuple(scale.shape)} at {bits} bits"
