@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import quant
 from llama import Llama, fill, linears, read_config
 from quant import QuantLinear, load_tensors
 
@@ -51,12 +52,16 @@ def quantize_nf4(w_OI):
 
 
 def dequantize_nf4(quantized, shape, dtype=torch.float32):
-    """The matrix of that shape, computed in float32 and then cast."""
+    """The matrix of that shape, computed in float32 and then cast; as many weights at a time as a CPU's cache holds."""
     packed, scale, scale_of_scale, mean = quantized
     pairs = torch.cartesian_prod(VALUES, VALUES).flip(1).to(packed.device)  # [256, 2]: the two values of each byte
     scale = scale.float() * scale_of_scale.repeat_interleave(SCALE_BLOCK)[:len(scale)] + mean
-    blocks = pairs[packed.int()].view(-1, BLOCK).mul_(scale.unsqueeze(1))
-    return blocks.view(-1)[:shape.numel()].view(shape).to(dtype)
+    w = torch.empty(len(scale), BLOCK, dtype=dtype, device=packed.device)
+    at_a_time = quant.IN_CACHE // BLOCK
+    for blocks, codes, s in zip(w.split(at_a_time), packed.view(-1, BLOCK // 2).split(at_a_time), scale.split(at_a_time)):
+        values = nn.functional.embedding(codes.int(), pairs)  # [blocks, 32, 2], in half the time that pairs[...] takes
+        blocks.copy_(values.flatten(1).mul_(s.unsqueeze(1)))
+    return w.view(-1)[:shape.numel()].view(shape)
 
 
 class NF4Linear(nn.Module):

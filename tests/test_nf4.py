@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import quant
 from cli import UserError
 from data import train_tokenizer
 from llama import Llama, LlamaConfig, load_pretrained, save_pretrained
@@ -102,6 +103,14 @@ def test_matrices_of_the_16_values_come_back_exactly_where_all_scales_are_equal(
     w = VALUES[codes]
     w.view(-1)[::BLOCK] = 1.0  # each block reaches its scale
     assert torch.equal(dequantize_nf4(quantize_nf4(4 * w), w.shape), 4 * w)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 7])
+def test_it_does_not_matter_how_much_is_dequantized_at_a_time(monkeypatch, blocks):
+    quantized, shape = quantize_nf4(torch.randn(5, 90, generator=torch.Generator().manual_seed(0))), torch.Size((5, 90))
+    whole = dequantize_nf4(quantized, shape)
+    monkeypatch.setattr(quant, "IN_CACHE", blocks * BLOCK)
+    assert torch.equal(dequantize_nf4(quantized, shape), whole)
 
 
 def test_zeros_stay_zero_and_blocks_of_zeros_too():
