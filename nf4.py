@@ -57,7 +57,7 @@ def dequantize_nf4(quantized, shape, dtype=torch.float32):
     pairs = torch.cartesian_prod(VALUES, VALUES).flip(1).to(packed.device)  # [256, 2]: the two values of each byte
     scale = scale.float() * scale_of_scale.repeat_interleave(SCALE_BLOCK)[:len(scale)] + mean
     w = torch.empty(len(scale), BLOCK, dtype=dtype, device=packed.device)
-    at_a_time = quant.IN_CACHE // BLOCK
+    at_a_time = quant.IN_CACHE // BLOCK if packed.device.type == "cpu" else len(scale)
     for blocks, codes, s in zip(w.split(at_a_time), packed.view(-1, BLOCK // 2).split(at_a_time), scale.split(at_a_time)):
         values = nn.functional.embedding(codes.int(), pairs)  # [blocks, 32, 2], in half the time that pairs[...] takes
         blocks.copy_(values.flatten(1).mul_(s.unsqueeze(1)))

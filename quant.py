@@ -402,7 +402,7 @@ def dense(packed, scale, offset, bits, in_features, dtype):
             return _compiled()(packed, scale_, offset_, bits, dtype)
         except Exception:  # no compiler, or no room for the files it writes
             USE_COMPILER = False
-    if weights <= IN_CACHE or dtype == wide:
+    if packed.device.type != "cpu" or weights <= IN_CACHE or dtype == wide:
         return dequantize(Quantized(unpack(packed, bits, in_features), scale, offset), dtype)
     w_OI = torch.empty(len(packed), in_features, dtype=dtype, device=packed.device)
     for w, *part in zip(*(t.split(max(1, IN_CACHE // in_features)) for t in (w_OI, packed, scale, offset))):
