@@ -83,7 +83,7 @@ def compare(what, contenders, turns, device, parts=1, floor=None):
 
 
 def machine(device):
-    """Name, matmul rates (operations a second, by dtype) and memory bandwidth (bytes read and written a second) of this machine."""
+    """This machine's name, matmul rates (operations a second, by dtype) and bandwidth (bytes read and written a second)."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     if pathlib.Path("/proc/cpuinfo").exists() and device == "cpu":
         facts = dict(line.split("\t: ", 1) for line in open("/proc/cpuinfo") if "\t: " in line.replace("\t\t", "\t"))

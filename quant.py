@@ -26,7 +26,7 @@ from llama import LINEARS, Llama, fill, linears, open_file, read_config, read_js
 
 DENSE_AT_A_TIME = 2 ** 24  # bytes: a smaller matmul takes longer a weight, and glibc maps 32 MB anew every time
 IN_CACHE = 2 ** 20  # weights: 4 MB in float32 and 1 MB of codes
-FEW_TOKENS = 16  # up to here a kernel that unpacks as it multiplies beats unpacking once and a dense matmul
+FEW_TOKENS = 16  # up to here a Triton kernel that unpacks as it multiplies beats unpacking once and a dense matmul
 
 
 # ---- codes of 2, 3 or 4 bits, packed at exactly that cost
@@ -93,7 +93,7 @@ def dequantize(quantized, dtype=torch.float32):
     codes, scale, offset = quantized
     wide = torch.promote_types(dtype, torch.float32)
     w_OGg = codes.to(wide).view(*scale.shape, -1)
-    w_OGg.mul_(scale.to(wide).unsqueeze(-1)).add_(offset.to(wide).unsqueeze(-1))  # torch.addcmul takes several times as long
+    w_OGg.mul_(scale.to(wide).unsqueeze(-1)).add_(offset.to(wide).unsqueeze(-1))  # torch.addcmul takes far longer
     return w_OGg.view(codes.shape).to(dtype)
 
 
