@@ -140,7 +140,7 @@ def read_text(path):
 
 def _json_values(path, text):
     """[(line number, value)] for the items of one JSON list, or for JSON lines."""
-    is_list, line = text.lstrip().startswith("["), 1
+    is_list = text.lstrip().startswith("[")
     try:
         if is_list:
             values = json.loads(text)

@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from hypothesis import assume, example, given, settings, strategies as st
 
@@ -139,6 +140,13 @@ def test_a_tokenizer_without_bos_is_refused(toy_tokenizer, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(proto.replace(b"\x0a\x03<s>", b"\x0a\x03<b>"))
     with pytest.raises(UserError, match="no BOS"):
         data.load_tokenizer(tmp_path)
+
+
+def test_bos_may_be_the_first_piece_of_a_tokenizer(tmp_path):
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a tale"]), model_writer=file, bos_id=0, eos_id=1,
+                                                 unk_id=2, vocab_size=12, hard_vocab_limit=False, minloglevel=2)
+    assert data.load_tokenizer(tmp_path).bos_id() == 0
 
 
 @pytest.mark.parametrize("taught, vocab_size, why", [
