@@ -37,8 +37,11 @@ def new_file(text):
         return path
 
 
-def run_command(main):
-    """Calls `main()`; what a user or a machine can cause ends as `error: ...` on stderr with exit status 2."""
+def run_command(main, relief="close other programs, or choose a smaller model"):
+    """Calls `main()`; what a user or a machine can cause ends as `error: ...` on stderr with exit status 2.
+
+    relief: what to do when memory runs out.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed from the start: `python train.py >&-`
             setattr(sys, name, open(os.devnull, "w"))
@@ -56,10 +59,10 @@ def run_command(main):
         advice = "; free some space or choose another folder" if e.errno == errno.ENOSPC else ""
         message = f"{e.strerror or e}{where}{advice}"
     except (torch.OutOfMemoryError, MemoryError):
-        message = "out of memory; lower --batch-size or --max-length, or choose a smaller model"
+        message = f"out of memory; {relief}"
     except (RuntimeError, SafetensorError) as e:  # how the CPU allocator and safetensors report the machine's limits
         if "can't allocate memory" in str(e):
-            message = "out of memory; lower --batch-size or --max-length, or choose a smaller model"
+            message = f"out of memory; {relief}"
         elif "No space left" in str(e):
             message = "no space left on the device; free some space or choose another folder"
         else:

@@ -414,4 +414,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "lower --batch-size")

@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import pathlib
+import zipfile
 from typing import Callable, NamedTuple
 
 import safetensors
@@ -382,7 +383,7 @@ class Stored(NamedTuple):
 def open_file(path):
     """The tensors of one file by name, as `Stored`: safetensors, or a pickle with nothing but tensors in it.
 
-    Both are memory-mapped. Raises UserError if the file cannot be read.
+    Both are memory-mapped, but for pickles older than PyTorch 1.6. Raises UserError if the file cannot be read.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; the download is incomplete")
@@ -392,7 +393,7 @@ def open_file(path):
             found = {name: Stored(path, name, tuple(file.get_slice(name).get_shape()),
                                   functools.partial(file.get_tensor, name)) for name in file.keys()}
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             if not all(isinstance(t, torch.Tensor) and t.layout == torch.strided for t in content.values()):
                 raise ValueError("not only tensors")
             found = {name: Stored(path, name, tuple(t.shape), t.detach) for name, t in content.items()}
@@ -402,6 +403,11 @@ def open_file(path):
         raise UserError(f"{path}: not a file of weights, or truncated or corrupt ({type(e).__name__}); "
                         "fetch it again, or save it anew as safetensors") from None
     return found
+
+
+def all_finite(tensor):
+    """Whether none of the values is NaN or infinite; unlike isfinite, without a copy."""
+    return all(extreme.isfinite() for extreme in tensor.aminmax())  # NaN gets through aminmax
 
 
 def _open_hf_files(folder):
@@ -522,7 +528,7 @@ def _read(pieces, dim, meta_heads):
         tensor = piece.read()
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise UserError(f"{piece.file}: tensor {piece.name} holds {tensor.dtype}, not floating-point numbers")
-        if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN gets through; unlike isfinite, no copy
+        if not all_finite(tensor):
             raise UserError(f"{piece.file}: tensor {piece.name} has NaN or infinite values")
         tensors.append(tensor)
     tensor = tensors[0] if dim is None or len(tensors) == 1 else torch.cat(tensors, dim)

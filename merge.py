@@ -57,7 +57,7 @@ def load_run(run, dtype=None, device="cpu"):
         raise UserError(f"{run} has no finished adapter yet; go on with train.py --resume --out {run}")
     model = load_model(run / "base", dtype, device)
     settings = load_adapter(model, run / "adapter")
-    wanted, found = settings.get("base"), base_identity(run / "base")
+    wanted, found = settings.get("base"), fingerprint(run / "base")
     if wanted != found:
         raise UserError(f"{run}/adapter was trained over the base {str(wanted)[:12]}, but {run}/base is "
                         f"{str(found)[:12]}: merged, they would be wrong; train again with --fresh")
@@ -84,13 +84,22 @@ def save_merged(model, run, folder):
         (save_quantized if quantized else save_pretrained)(model, beside)
 
 
-def base_identity(folder):
-    """The SHA-256 of a base's model.safetensors: as recorded when it was quantized, else computed here."""
-    recorded = (quantization_of(folder) or {}).get("sha256")
-    if recorded:
-        return recorded
-    with open(pathlib.Path(folder) / "model.safetensors", "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def fingerprint(weights):
+    """SHA-256 over the config and over name, size and content of each weight file: of one above 64 MB, 4,096 samples.
+
+    weights: a model folder or a file. That tells models apart, as even one block trained further differs in most
+    samples, and never takes minutes.
+    """
+    sha, kinds = hashlib.sha256(), (".safetensors", ".bin", ".pth")
+    files = sorted(weights.iterdir()) if weights.is_dir() else [weights]
+    for file in (f for f in files if f == weights or f.suffix in kinds or f.name in ("config.json", "params.json")):
+        size = file.stat().st_size
+        sha.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as f:
+            for start in range(0, size, max(2 ** 14, size // 4096)):
+                f.seek(start)
+                sha.update(f.read(2 ** 14))
+    return sha.hexdigest()
 
 
 def main():

@@ -126,6 +126,7 @@ def quantize_model_nf4(model, weights=None):
             fill(block, weights, f"model.layers.{i}.", embedding.dtype, embedding.device)
         for path, layer in linears(block):
             block.set_submodule(path, NF4Linear.from_weight(layer.weight.detach()))
+        quant.trim_heap()
     return model
 
 

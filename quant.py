@@ -10,7 +10,6 @@ quantizing a whole model block by block; the folder it is kept in.
 
 import ctypes
 import functools
-import hashlib
 import json
 import pathlib
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 from cli import UserError, written_whole
-from llama import LINEARS, Llama, fill, linears, open_file, read_config, read_json, rotary_table, write_config
+from llama import LINEARS, Llama, all_finite, fill, linears, open_file, read_config, read_json, rotary_table, write_config
 
 DENSE_AT_A_TIME = 2 ** 24  # bytes: a smaller matmul takes longer a weight, and glibc maps 32 MB anew every time
 IN_CACHE = 2 ** 20  # weights: 4 MB in float32 and 1 MB of codes
@@ -594,7 +593,7 @@ def quantized_skeleton(config, bits, group_size):
 def save_quantized(model, folder, dtype=None, **origin):
     """Writes a quantized model's config.json and model.safetensors into `folder` (new, or with other files in it).
 
-    config.json's `quantization` records bits, group size, the SHA-256 of model.safetensors and what `origin` adds.
+    config.json's `quantization` records bits, group size and what `origin` adds.
     dtype: what embedding, norms and head are stored in, when not as they are.
     """
     folder = pathlib.Path(folder)
@@ -603,9 +602,7 @@ def save_quantized(model, folder, dtype=None, **origin):
     tensors |= dict(model.named_buffers())
     with written_whole(folder / "model.safetensors") as beside:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, beside)
-        with open(beside, "rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    quantization = {"bits": layer.bits, "group_size": layer.group_size, "sha256": sha256, **origin}
+    quantization = {"bits": layer.bits, "group_size": layer.group_size, **origin}
     write_config(model.config, folder, {"quantization": quantization})
 
 
@@ -644,6 +641,9 @@ def load_quantized(folder, dtype=None, device="cpu"):
 def load_tensors(model, file, dtype, device):
     """Gives a model on the meta device the tensors in `file`; arguments and errors as for `load_quantized`."""
     tensors = {name: stored.read() for name, stored in open_file(file).items()}
+    for name, t in tensors.items():
+        if t.is_floating_point() and t.itemsize > 1 and t.numel() and not all_finite(t):  # float8 has no aminmax
+            raise UserError(f"{file}: tensor {name} has NaN or infinite values")
     buffers = dict(model.named_buffers())
     wanted = {**dict(model.named_parameters()), **buffers}  # tied weights appear once
     for name in sorted(wanted.keys() | tensors.keys()):

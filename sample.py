@@ -92,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "lower --max-new-tokens, or choose a smaller model")

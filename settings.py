@@ -10,13 +10,14 @@ import torch
 import data
 from cli import Parser, UserError
 from export import check_gguf, is_gguf
-from llama import CONFIGS, LINEARS, Llama, check_device, read_config, read_json
+from llama import CONFIGS, LINEARS, Llama, check_device, open_weights, read_config, read_json
 from qalora import check_targets
-from quant import check_group_size, quantization_of
+from quant import check_group_size, load_quantized, quantization_of
 
 TOY = dict(rank=8, alpha=16.0, lr=1.5e-3, steps=400, batch_size=32, micro_batch_size=32, max_length=256, clip=1.0)
 REAL = dict(rank=64, alpha=16.0, lr=2e-5, steps=10_000, batch_size=16, micro_batch_size=4, max_length=512, clip=0.3)
-PATHS = ("weights", "tokenizer", "data", "calibration")
+CHANGEABLE = ("out", "steps", "device", "micro_batch_size", "checkpointing", "save_every", "weights", "tokenizer", "data",
+              "calibration")  # on resuming: none changes what is learned, but for the rounding of sums
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 MISSING_WEIGHTS = """\
 LLaMA weights are to be had from Meta (llama.com) or, once its licence is accepted, from huggingface.co/meta-llama.
@@ -67,6 +68,9 @@ def read_settings(description):
         check_matplotlib()
     settings = resumed(given, parser) if now["resume"] else {**recipe(given), **given}
     check(settings)
+    for name in ("bits", "group_size", "quantizer"):
+        if name in given and settings["method"] != "qalora":
+            raise UserError(f"--{name.replace('_', '-')} means nothing to --method {settings['method']}; leave it out")
     if settings["paged_optimizer"] and not settings["device"].startswith("cuda"):
         print(f"--paged-optimizer: on --device {settings['device']} there is nothing to page; plain AdamW is used")
         settings["paged_optimizer"] = 0
@@ -131,9 +135,10 @@ def recipe(given):
 
 
 def resumed(given, parser):
-    """The settings in run.json; only --steps and --device may differ: the learning rate is constant, so more is more.
+    """The settings in run.json; only those in `CHANGEABLE` may differ.
 
-    And files may have moved: train.py recognises the weights, the tokenizer and the examples by their contents.
+    The learning rate is constant, so more steps are more of the same. Files may have moved: train.py recognises the
+    weights, the tokenizer and the examples by their contents.
     """
     path = pathlib.Path(given.get("out") or f"runs/{given.get('model', 'tiny')}") / "run.json"
     if not path.exists():
@@ -148,7 +153,7 @@ def resumed(given, parser):
     except (ValueError, UserError) as e:
         raise UserError(f"{path} is damaged ({e}); start the run anew without --resume") from e
     for name, value in given.items():
-        if name not in ("out", "steps", "device", *PATHS) and settings.get(name) != value:
+        if name not in CHANGEABLE and settings.get(name) != value:
             raise UserError(f"--{name.replace('_', '-')} {value} contradicts {path}, which says {settings.get(name)}; "
                             "leave it out, or start the run anew without --resume")
     return {**settings, **given, "out": str(path.parent)}
@@ -186,10 +191,12 @@ def check(s):
         raise UserError(f"--batch-size {s['batch_size']} cannot be shared by {processes} processes; use a multiple")
     check_device(s["device"])
     if s["weights"] or s["tokenizer"]:
-        pieces = data.load_tokenizer(s["tokenizer"] or s["weights"]).vocab_size()
+        spelling = s["tokenizer"] or s["weights"]
+        pieces = data.load_tokenizer(spelling).vocab_size()
         if pieces > config.vocab_size:
-            raise UserError(f"the tokenizer has {pieces} pieces, the embedding only {config.vocab_size}: they do not "
-                            "belong together; name the right one with --tokenizer")
+            raise UserError(f"the tokenizer of {spelling} has {pieces} pieces, but {s['weights'] or 'the tiny model'} has "
+                            f"an embedding (model.embed_tokens.weight) for {config.vocab_size}: they do not belong "
+                            "together; name the right one with --tokenizer")
     out = pathlib.Path(s["out"])
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -199,8 +206,19 @@ def check(s):
         raise UserError(f"--out {out} cannot be written ({e.strerror}); choose another folder") from e
 
 
+def stored_bytes(weights):
+    """Bytes that a number of the embedding takes in --weights; UserError where these are not whole."""
+    if not weights or is_gguf(weights):
+        return 4  # at most
+    if quantization_of(weights):
+        return load_quantized(weights).model.embed_tokens.weight.itemsize
+    return open_weights(weights)[1]["model.embed_tokens.weight"]().itemsize
+
+
 def check_room(s, base_is_made):
     """Raises UserError when the disk cannot hold what the run will write: base (unless made), checkpoints, result.
+
+    And when --weights are not whole, as far as their headers tell.
 
     What lies in the folder already counts as room, as it is replaced; but an old base is, until a new one is there.
     """
@@ -209,11 +227,15 @@ def check_room(s, base_is_made):
         model = Llama(config_of(s["weights"], s["tokenizer"]) if s["weights"] else CONFIGS["tiny"])
     linears = sum(p.numel() for p in model.model.layers.parameters())
     others = sum(p.numel() for p in model.parameters()) - linears
-    base = linears * (s["bits"] / 8 + 6 / s["group_size"] if s["method"] == "qalora" else 4) + 4 * others
+    base = 0
+    if not base_is_made:
+        stored = stored_bytes(s["weights"])
+        per_weight = {"qalora": s["bits"] / 8 + 6 / s["group_size"], "qlora": 4.127 / 8, "lora": stored}[s["method"]]
+        base = linears * per_weight + others * stored
     pooled = s["group_size"] if s["method"] == "qalora" else 1
     widths = sum(p.shape[0] + p.shape[1] // pooled for name, p in model.named_parameters()
                  if name.split(".")[-2] in s["targets"].split(","))
-    need = 2 * 3 * 4 * s["rank"] * widths + (0 if base_is_made else base)  # twice an adapter and AdamW's two moments
+    need = base + 2 * 3 * 4 * s["rank"] * widths  # twice an adapter and AdamW's two moments
     replaced = [f for f in out.rglob("*") if f.is_file() and out / "base" not in f.parents]
     free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in replaced)
     if need > free:

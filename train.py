@@ -35,7 +35,7 @@ import evals
 from cli import UserError, run_command, written_whole
 from export import import_gguf, is_gguf
 from llama import CONFIGS, Llama, compute_dtype, fill, linears, open_weights, read_json, save_pretrained
-from merge import base_identity, load_model, merge, save_merged
+from merge import fingerprint, load_model, merge, save_merged
 from nf4 import quantize_model_nf4
 from qalora import adapter_parameters, add_adapters, restore_adapter, save_adapter
 from quant import quantization_of, quantize_model, save_quantized
@@ -161,23 +161,6 @@ def calibration_windows(texts, tokenizer, config, count):
     tokens = data.token_stream(texts, tokenizer)[:count]
     length = min(len(tokens), 2048, config.max_position_embeddings)
     return tokens[:len(tokens) // length * length].view(-1, length)
-
-
-def fingerprint(weights):
-    """SHA-256 over the config and over name, size and content of each weight file: of one above 64 MB, 4,096 samples.
-
-    That tells checkpoints apart, as even one block trained further differs in most samples, and never takes minutes.
-    """
-    sha, kinds = hashlib.sha256(), (".safetensors", ".bin", ".pth")
-    files = sorted(weights.iterdir()) if weights.is_dir() else [weights]
-    for file in (f for f in files if f == weights or f.suffix in kinds or f.name in ("config.json", "params.json")):
-        size = file.stat().st_size
-        sha.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as f:
-            for start in range(0, size, max(2 ** 14, size // 4096)):
-                f.seek(start)
-                sha.update(f.read(2 ** 14))
-    return sha.hexdigest()
 
 
 # ---- 3. fine-tuning
@@ -423,9 +406,15 @@ def table(rows):
 
 def main():
     s = read_settings(__doc__)
+    if WORLD == 1:  # as Ctrl-C; a process that waits for others would never hear it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     with kept_from_other_runs(s["out"]):
         try:
             whole_run(s)
+        except KeyboardInterrupt:
+            if RANK or not (pathlib.Path(s["out"]) / "run.json").exists():
+                raise
+            sys.exit(f"stopped; go on with: python train.py --resume --out {s['out']}")
         except RuntimeError as e:
             if WORLD == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):  # gloo has no error of its own
                 raise
@@ -470,7 +459,7 @@ def whole_run(s):
     model, tokenizer = evals.load(out / "base", s["device"])
     train, held_out = examples or make_examples(s, records, form, tokenizer, say)
     del records  # all of --data
-    s |= {"base": base_identity(out / "base"), "examples": digest(train + held_out)}
+    s |= {"base": fingerprint(out / "base"), "examples": digest(train + held_out)}
     if s["resume"]:
         check_same_run(s)
         if RANK == 0:
@@ -547,7 +536,9 @@ def digest(examples):
 def make_examples(s, records, form, tokenizer, say):
     """(training examples, examples held out for validation: a twentieth, at most 200)."""
     examples, truncated = data.encode(records, tokenizer, s["max_length"])
-    say(f"data: {len(records)} records in {form} form, {truncated} longer than {s['max_length']} tokens and cut")
+    dropped = len(records) - len(examples)
+    say(f"data: {len(records)} records in {form} form, {truncated} longer than {s['max_length']} tokens and cut"
+        + (f", {dropped} of these left out, as no response was left" if dropped else ""))
     random.Random(s["seed"]).shuffle(examples)
     count = min(200, len(examples) // 20)
     if len(examples) - count < 1:
@@ -622,4 +613,4 @@ def plot(out):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "lower --micro-batch-size (--resume takes a new one) or --max-length")

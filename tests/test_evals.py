@@ -367,7 +367,8 @@ def command(monkeypatch, capsys, *arguments):
 
 def test_the_command_prints_every_kind_of_score(folder, tmp_path):
     (tmp_path / "text.txt").write_text("he is using wrap")
-    (tmp_path / "questions.jsonl").write_text(f"{GOOD}\n{GOOD}\n")
+    long = json.dumps({**json.loads(GOOD), "question": "he is using wrap " * 20})
+    (tmp_path / "questions.jsonl").write_text(f"{GOOD}\n{long}\n{GOOD}\n")
     rows = [["What?", "one", "two", "it", "he", letter] for letter in "ABCDA"]
     mmlu_folder(tmp_path, {"dev/anatomy_dev.csv": rows, "test/anatomy_test.csv": rows[:4]})
     done = subprocess.run([sys.executable, ROOT / "evals.py", folder, "--perplexity", tmp_path / "text.txt",
@@ -376,8 +377,8 @@ def test_the_command_prints_every_kind_of_score(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     count = len(data.load_tokenizer(folder).encode("he is using wrap"))
     assert re.search(rf"text.txt: perplexity \d+\.\d{{4}} over {count} tokens, in windows of 7", done.stdout)
-    assert re.search(r"questions.jsonl: 2 questions.*\n.*by log-likelihood +\d+.\d\d ± \d+.\d\d %\n.*per character",
-                     done.stdout)
+    assert re.search(r"questions.jsonl: 3 questions.*\n.*by log-likelihood +\d+.\d\d ± \d+.\d\d %\n.*per character.*\n"
+                     r"1 of 3 questions were longer than the model's context", done.stdout)
     assert re.search(r"MMLU, 5-shot.*\n +anatomy +4 +25.00 ± 21.65 %\n +other .*\n +average +4 ", done.stdout)
     assert "4 of 4 questions were longer than the model's context" in done.stdout
     assert "100%" in done.stderr and "100%" not in done.stdout, "progress bars belong on stderr"
@@ -408,3 +409,39 @@ def test_hellaswag_is_read_and_scored_by_a_real_model(material, folder, monkeypa
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     status, out, _ = command(monkeypatch, capsys, tmp_path, "--multiple-choice", tmp_path / "hellaswag.jsonl")
     assert status == 0 and "20 questions" in out and json.loads(lines[0])["answer"] == 3
+
+
+OFFICIAL = {  # records as the datasets' authors publish them
+    "HellaSwag": dict(ind=24, activity_label="Roof shingle removal", ctx="A man is sitting on a roof. he",
+                      endings=["is using wrap.", "is ripping tiles.", "is holding a cube.", "starts pulling up roofing."],
+                      source_id="activitynet~v_-JhWjGDPHMY", split="val", label=3),
+    "PIQA": dict(goal="When boiling butter, when it's ready, you can", sol1="Pour it onto a plate", sol2="Pour it into a jar"),
+    "ARC": dict(id="Mercury_7", question=dict(stem="What is hot?", choices=[dict(text=t, label=n) for t, n in zip(
+        ("ice", "snow", "frost", "fire"), "ABCD")]), answerKey="D"),
+    "OpenBookQA": dict(id="7-980", question=dict(stem="The sun is responsible for", choices=[dict(
+        text=t, label=n) for t, n in zip(("puppies", "children", "flowers", "plants sprouting"), "ABCD")]), answerKey="D"),
+    "WinoGrande": dict(qID="3", sentence="Sarah was a better surgeon than Maria so _ always got the easier cases.",
+                       option1="Sarah", option2="Maria", answer="2"),
+    "BoolQ": dict(question="does ethanol take more energy", title="Ethanol fuel", answer=False, passage="All biomass goes."),
+}
+CONVERTED = {
+    "HellaSwag": ("Roof shingle removal: A man is sitting on a roof. he", OFFICIAL["HellaSwag"]["endings"], 3),
+    "PIQA": ("Question: When boiling butter, when it's ready, you can\nAnswer:",
+             ["Pour it onto a plate", "Pour it into a jar"], 1),
+    "ARC": ("Question: What is hot?\nAnswer:", ["ice", "snow", "frost", "fire"], 3),
+    "OpenBookQA": ("The sun is responsible for", ["puppies", "children", "flowers", "plants sprouting"], 3),
+    "WinoGrande": ("Sarah was a better surgeon than Maria so", ["Sarah always got the easier cases.",
+                                                                "Maria always got the easier cases."], 1),
+    "BoolQ": ("All biomass goes.\nQuestion: does ethanol take more energy?\nAnswer:", ["no", "yes"], 0),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_readmes_lines_convert_official_records(name):
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    codes = {n: next(line.split("`")[1::2] for line in lines if line.startswith(f"| {n} |")) for n in OFFICIAL}
+    code = codes[name][0] if name != "OpenBookQA" else re.sub(r'"question": .*?, "choices"', codes[name][0] + ', "choices"',
+                                                              codes["ARC"][0])
+    r = OFFICIAL[name]
+    record = eval(code, {"r": r, "q": r.get("question"), "label": "1"})  # PIQA's labels are a file of their own
+    assert evals.check_choices(record) == CONVERTED[name]

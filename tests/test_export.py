@@ -20,7 +20,7 @@ import export
 import merge
 from cli import UserError
 from llama import Llama, LlamaConfig, save_pretrained
-from merge import base_identity, load_model
+from merge import fingerprint, load_model
 from qalora import add_adapters, adapter_parameters, save_adapter
 from quant import Quantized, QuantLinear, dequantize, quantize_model, quantize_rtn, save_quantized
 
@@ -133,7 +133,7 @@ def run_of(base, run, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for p in adapter_parameters(model).values():
         p.data.normal_(0, 0.05, generator=generator)
-    save_adapter(model, run / "adapter", base=base_identity(run / "base"))
+    save_adapter(model, run / "adapter", base=fingerprint(run / "base"))
     return run
 
 

@@ -664,6 +664,22 @@ def test_a_pickle_of_anything_but_tensors_is_refused_and_runs_no_code(tmp_path, 
     assert not (tmp_path / "attacked").exists()
 
 
+def test_a_pickle_of_before_pytorch_1_6_is_read(tmp_path):
+    model = random_model(SMALL)
+    write_checkpoint(tmp_path, model, "one.bin")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    read = load_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(read[name], t) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("native", [False, True])
+def test_16_bits_are_computed_in_bfloat16_where_a_cpu_multiplies_it(monkeypatch, stored, native):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    wanted = torch.bfloat16 if native and stored != torch.float32 else torch.float32
+    assert llama.compute_dtype(stored, "cpu") == wanted
+
+
 def test_frequencies_that_old_checkpoints_store_are_passed_over(tmp_path):
     model = random_model(SMALL)
     write_checkpoint(tmp_path, model, "one.bin")

@@ -21,7 +21,7 @@ from cli import UserError, run_command
 from data import train_tokenizer
 from llama import LINEARS, Cache, Llama, LlamaConfig, load_pretrained, save_pretrained
 from qalora import LoRALinear, QALoRALinear, adapter_parameters, add_adapters, save_adapter
-from quant import Quantized, QuantLinear, load_quantized, quantization_of, quantize_model, save_quantized
+from quant import Quantized, QuantLinear, load_quantized, quantize_model, save_quantized
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,8 +34,8 @@ def tokens(seed, *shape):
     return torch.randint(40, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def quantized_llama(bits=3, group_size=8, dtype=torch.float32):
-    torch.manual_seed(0)
+def quantized_llama(bits=3, group_size=8, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
     return quantize_model(Llama(SMALL), bits, group_size).to(dtype)
 
 
@@ -140,7 +140,7 @@ def finished_run(tmp_path_factory):
     adapted = trained(add_adapters(base, 4, 16))
     spelling = hashlib.sha256((run / "base" / "tokenizer.model").read_bytes()).hexdigest()
     (run / "base" / "made_from.json").write_text(json.dumps({"tokenizer": spelling}))
-    save_adapter(adapted, run / "adapter", base=quantization_of(run / "base")["sha256"])
+    save_adapter(adapted, run / "adapter", base=merge.fingerprint(run / "base"))
     (run / "run.json").write_text("{}")
     return run, adapted
 
@@ -161,17 +161,17 @@ def command(monkeypatch, capsys, *arguments):
     return status, *capsys.readouterr()
 
 
-def fingerprint(folder):
+def contents(folder):
     return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).digest() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_the_command_writes_a_plain_model_folder_with_the_same_bits(finished_run, tmp_path, monkeypatch, capsys):
     run, adapted = finished_run
-    before = fingerprint(run)
+    before = contents(run)
     status, said, _ = command(monkeypatch, capsys, run, "--out", tmp_path / "deep" / "merged")
     assert status == 0 and said == f"merged {run} into {tmp_path / 'deep' / 'merged'}\n"
-    assert fingerprint(run) == before
-    assert sorted(str(p) for p in fingerprint(tmp_path / "deep")) == \
+    assert contents(run) == before
+    assert sorted(str(p) for p in contents(tmp_path / "deep")) == \
         ["merged/config.json", "merged/model.safetensors", "merged/tokenizer.model"]
     batch = tokens(99, 3, 20)
     for model in (merge.load_model(tmp_path / "deep" / "merged"), load_quantized(tmp_path / "deep" / "merged"),
@@ -194,7 +194,7 @@ def test_a_lora_run_is_merged_into_a_float_model(tmp_path, monkeypatch, capsys):
     save_pretrained(model, run / "base")
     train_tokenizer(["merging keeps every bit"], run / "base" / "tokenizer.model", 275)
     (run / "run.json").write_text("{}")
-    save_adapter(trained(add_adapters(model, 4, 16)), run / "adapter", base=merge.base_identity(run / "base"))
+    save_adapter(trained(add_adapters(model, 4, 16)), run / "adapter", base=merge.fingerprint(run / "base"))
     assert command(monkeypatch, capsys, run, "--out", tmp_path / "merged")[0] == 0
     batch = tokens(99, 3, 20)
     assert same([load_pretrained(tmp_path / "merged")(batch)], [merge.merge(model)(batch)])
@@ -213,12 +213,18 @@ def another_base(run):
     save_quantized(quantize_model(Llama(SMALL), 3, 8), run / "base")
 
 
+def the_weights_of_another_base(run):
+    save_quantized(quantized_llama(seed=7), run.parent / "other")
+    shutil.copy(run.parent / "other" / "model.safetensors", run / "base")
+
+
 @pytest.mark.parametrize("damage, says", [
     (lambda run: (run / "run.json").unlink(), "no run of train.py"),
     (lambda run: shutil.rmtree(run), "no run of train.py"),
     (lambda run: shutil.rmtree(run / "adapter"), "no finished adapter"),
     (lambda run: shutil.rmtree(run / "base"), "base"),
     (another_base, "trained over the base"),
+    (the_weights_of_another_base, "trained over the base"),
     (lambda run: (run / "base" / "model.safetensors").unlink(), "base/model.safetensors"),
     (lambda run: cut(run / "base" / "model.safetensors"), "base/model.safetensors"),
     (lambda run: (run / "base" / "config.json").unlink(), "base"),
@@ -237,11 +243,11 @@ def another_base(run):
 ])
 def test_what_cannot_be_merged_ends_in_one_line_and_leaves_nothing(run, monkeypatch, capsys, damage, says):
     damage(run)
-    before, _ = fingerprint(run.parent), capsys.readouterr()  # damaging has a progress bar
+    before, _ = contents(run.parent), capsys.readouterr()  # damaging has a progress bar
     status, said, error = command(monkeypatch, capsys, run, "--out", run.parent / "out")
     assert status == 2 and not said
     assert error.startswith("error: ") and error.count("\n") == 1 and says in error, error
-    assert fingerprint(run.parent) == before
+    assert contents(run.parent) == before
 
 
 @pytest.mark.parametrize("arguments", [[], ["run"], ["--out", "x"], ["run", "--out"],

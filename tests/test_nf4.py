@@ -11,7 +11,7 @@ import quant
 from cli import UserError
 from data import train_tokenizer
 from llama import Llama, LlamaConfig, load_pretrained, save_pretrained
-from merge import base_identity, load_model, merge, save_merged
+from merge import fingerprint, load_model, merge, save_merged
 from nf4 import BLOCK, NF4, SCALE_BLOCK, VALUES, NF4Linear, dequantize_nf4, load_nf4, quantize_model_nf4, quantize_nf4
 from qalora import LoRALinear, adapter_parameters, add_adapters, save_adapter
 from quant import load_quantized, quantization_of, save_quantized
@@ -258,11 +258,9 @@ def test_a_run_of_the_baselines_loads_merged_and_is_saved_as_a_float_model(tmp_p
     (run / "run.json").write_text("{}")
     if nf4:
         save_quantized(quantize_model_nf4(model), run / "base", quantizer="nf4")
-        base = quantization_of(run / "base")["sha256"]
     else:
         save_pretrained(model, run / "base")
-        base = base_identity(run / "base")
-    save_adapter(trained(model), run / "adapter", base=base)
+    save_adapter(trained(model), run / "adapter", base=fingerprint(run / "base"))
     tokens = torch.arange(20).view(2, 10)
     wanted = model(tokens)
     assert torch.allclose(load_model(run)(tokens), wanted, atol=1e-5)

@@ -6,6 +6,7 @@ arithmetic is then exact, and the tests ask for equality. Where they allow for r
 
 import copy
 import json
+import pathlib
 import weakref
 
 import numpy as np
@@ -691,6 +692,17 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path, bits, tied, dtype):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
 
 
+def test_the_tensors_of_a_loaded_model_stay_in_their_file(tmp_path):
+    """Memory-mapped: so a model of gigabytes is there at once, and is read when it is used."""
+    save_quantized(quantize_model(random_llama(), 4, 8), tmp_path)
+    back = load_quantized(tmp_path)
+    if not pathlib.Path("/proc/self/maps").exists():
+        pytest.skip("only Linux tells")
+    lines = [line.split() for line in open("/proc/self/maps") if str(tmp_path / "model.safetensors") in line]
+    mapped = [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]
+    assert all(any(t.data_ptr() in part for part in mapped) for t in back.state_dict().values())
+
+
 @pytest.mark.parametrize("where", ["on saving", "on loading"])
 def test_the_dtype_asked_for_is_that_of_embedding_norms_and_head_only(tmp_path, where):
     model = quantize_model(random_llama(tie_word_embeddings=True), 4, 8)
@@ -756,6 +768,9 @@ def test_a_file_cut_short_is_refused_and_a_damaged_header_causes_no_other_error(
     (lambda t: t.update({"model.layers.0.mlp.up_proj.scale": torch.zeros(24, 2)}), "up_proj.scale"),
     (lambda t: t.update({"model.layers.0.mlp.up_proj.offset": torch.zeros(24, 2).half()}), "up_proj.offset"),
     (lambda t: t.update({"model.layers.0.mlp.up_proj.packed": torch.zeros(24, 16).byte()}), "up_proj.packed"),
+    (lambda t: t["model.norm.weight"][3:].fill_(torch.inf), "model.norm.weight has NaN or infinite values"),
+    (lambda t: t["model.layers.0.mlp.up_proj.offset"][-1].fill_(torch.nan), "up_proj.offset has NaN or infinite"),
+    (lambda t: t["model.layers.0.mlp.up_proj.scale"][:1].fill_(-torch.inf), "up_proj.scale has NaN or infinite"),
 ])
 def test_tensors_that_do_not_fit_are_named(tmp_path, saved, change, says):
     tensors = safetensors.torch.load(saved[1])

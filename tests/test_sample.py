@@ -1,6 +1,5 @@
 """What sample.py promises: text that arrives whole and at once, from every kind of folder."""
 
-import hashlib
 import io
 import json
 import pathlib
@@ -160,8 +159,7 @@ def make_folder(kind, path, tokenizer):
     for name, p in qalora.adapter_parameters(model).items():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(p, std=0.1)
-    origin = {"base": hashlib.sha256((home / "model.safetensors").read_bytes()).hexdigest()}
-    qalora.save_adapter(model, path / "adapter", **origin)
+    qalora.save_adapter(model, path / "adapter", base=merge.fingerprint(home))
     (path / "run.json").write_text("{}")
     if kind == "merged":
         merge.save_merged(merge.merge(model), path, path / "merged")
