@@ -61,12 +61,17 @@ def take_turns(contenders, turns, device):
     return seconds
 
 
-def compare(what, contenders, turns, device, parts=1, floor=None):
+def floors(facts, dtype, operations, moved):
+    """Milliseconds that so many operations, and so many bytes read, take at least on a machine with such `facts`."""
+    return {"arithmetic": 1e3 * operations / facts["matmul"][str(dtype)], "memory": 1e3 * moved / facts["copy"]}
+
+
+def compare(what, contenders, turns, device, floors, parts=1):
     """Prints a table of {name: function or None}, None standing for a peer not installed; returns its rows.
 
-    parts: how many equal parts (layers, tokens) a call consists of; times are given per part. floor: seconds a part.
+    parts: how many equal parts (layers, tokens) a call consists of; times and `floors` are given per part.
     """
-    print(f"\n{what}" + (f" (floor {1e3 * floor:.3g} ms)" if floor else ""), flush=True)
+    print(f"\n{what} (floors: arithmetic {floors['arithmetic']:.3g} ms, memory {floors['memory']:.3g} ms)", flush=True)
     seconds = take_turns({name: run for name, run in contenders.items() if run}, turns, device)
     first, rows = next(iter(seconds.values())), []
     for name in contenders:
@@ -75,7 +80,7 @@ def compare(what, contenders, turns, device, parts=1, floor=None):
             continue
         ratios = [a / b for a, b in zip(seconds[name], first)]
         row = {"what": what, "name": name, "milliseconds": 1e3 * statistics.median(seconds[name]) / parts,
-               "floor": floor and 1e3 * floor,
+               "floors": floors,
                "ratio": statistics.median(ratios), "from": min(ratios), "to": max(ratios)}
         print("  {name:44} {milliseconds:9.4g} ms   {ratio:5.2f} x ({from:.2f} to {to:.2f})".format(**row), flush=True)
         rows.append(row)
@@ -146,6 +151,13 @@ def training_step(blocks, config, tokens, dtype, device):
         optimizer.zero_grad()
         x.grad = None
     return step
+
+
+def step_floors(facts, dtype, blocks, tokens):
+    """The floors of a training step on packed blocks: each weight multiplies forward and backward, and is read twice."""
+    layers = [layer.base for _, layer in linears(blocks)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return floors(facts, dtype, 4 * weights * tokens, 2 * sum(b.nbytes for layer in layers for b in layer.buffers()))
 
 
 def adapted(model, layers=1, rank=RANK, replace=None):
@@ -232,8 +244,11 @@ def gptq_by_columns(w_OI, hessian_II, bits, group_size, block=128, damping=0.01)
     return w
 
 
-def gptq(size, turns):
-    """GPTQ of a size x size layer against the reference; the rows also hold the relative output error."""
+def gptq(size, turns, facts):
+    """GPTQ of a size x size layer against the reference; the rows also hold the relative output error.
+
+    Of its arithmetic the floor counts a third of size³ operations for the factor, and size³ for the errors' way on.
+    """
     w = torch.randn(size, size) * 0.02
     x = torch.randn(4 * size, size // 8) @ torch.randn(size // 8, size) / (size // 8) ** 0.5
     x += 0.3 * torch.randn(4 * size, size)
@@ -245,7 +260,8 @@ def gptq(size, turns):
     results = {}  # the last of each
     keep = lambda name, run: lambda: results.update({name: run()})
     contenders = {name: keep(name, run) for name, run in contenders.items()}
-    rows = compare(f"GPTQ of a {size} x {size} layer", contenders, turns, "cpu")
+    least = floors(facts, torch.float32, 4 / 3 * size ** 3, w.nbytes + hessian.nbytes)
+    rows = compare(f"GPTQ of a {size} x {size} layer", contenders, turns, "cpu", least)
     for row in rows:
         d = w - results[row["name"]]
         row["error"] = (((d @ hessian) * d).sum() / ((w @ hessian) * w).sum()).item()
@@ -253,7 +269,7 @@ def gptq(size, turns):
     return rows
 
 
-def growth(turns, values, dtype, device):
+def growth(turns, values, facts, dtype, device):
     """How a training step's time grows with what `values` names, on narrow blocks; a list of rows."""
     dense = Llama(dataclasses.replace(NARROW, num_hidden_layers=8)).to(device, dtype)
     model_of = functools.cache(lambda group_size: quantize_model(copy.deepcopy(dense), BITS, group_size))
@@ -265,7 +281,8 @@ def growth(turns, values, dtype, device):
             models = {"dense, LoRA": dense, "packed, QA-LoRA": model_of(now["group size"])}
             blocks = {kind: adapted(model, now["layers"], now["rank"]) for kind, model in models.items()}
             steps = {kind: compiled(training_step(b, NARROW, now["tokens"], dtype, device)) for kind, b in blocks.items()}
-            for row in compare(f"step on width 1024, {name} {value}", steps, turns, device):
+            least = step_floors(facts, dtype, blocks["packed, QA-LoRA"], now["tokens"])
+            for row in compare(f"step on width 1024, {name} {value}", steps, turns, device, least):
                 rows.append({**row, "axis": name, "value": value})
     return rows
 
@@ -295,14 +312,14 @@ def inference(dense, quantized, facts, turns, dtype, device):
         "dense torch.bfloat16": one_token(low, torch.bfloat16, device),  # the same, where bfloat16 is native
         f"ours, 4 bits, {8 * held / weights:.2f} bits held a weight": one_token(ready, dtype, device),
         "llama.cpp, Q4_1": llama_cpp_token(quantized) if device == "cpu" else None,
-    }, 10 * turns, device, parts=layers, floor=held / facts["copy"])
+    }, 10 * turns, device, floors(facts, dtype, 2 * weights, held), parts=layers)
     tokens = torch.zeros(1, 256, dtype=torch.long, device=device)
     prefill = lambda model: torch.inference_mode()(lambda: model(tokens))
     return rows + compare("prefill of 256 tokens, per block", {
         f"dense {dtype}": prefill(dense), "dense torch.bfloat16": prefill(low),
         "ours, packed": compiled(prefill(quantized)), "ours, packed, not compiled": prefill(quantized),
         "ours, prepared for decoding": prefill(ready),
-    }, turns, device, parts=layers, floor=2 * weights * 256 / facts["matmul"][str(dtype)])
+    }, turns, device, floors(facts, dtype, 2 * weights * 256, held), parts=layers)
 
 
 def training(dense, quantized, facts, counts, turns, dtype, device):
@@ -315,11 +332,11 @@ def training(dense, quantized, facts, counts, turns, dtype, device):
     print(f"\nours: 4 bits, QA-LoRA: {held:.3f} bits held a weight while training")
     rows = [{"what": "bits held a weight while training", "name": "ours: 4 bits, QA-LoRA", "bits": held}]
     for tokens in counts:
-        floor = 4 * weights * tokens / facts["matmul"][str(dtype)]
+        least = step_floors(facts, dtype, blocks["ours: 4 bits, QA-LoRA"], tokens)
         steps = {name: b and training_step(b, dense.config, tokens, dtype, device) for name, b in blocks.items()}
         plain = steps["ours: 4 bits, QA-LoRA"]
         steps |= {"ours: 4 bits, QA-LoRA": compiled(plain), "ours: 4 bits, QA-LoRA, not compiled": plain}
-        for row in compare(f"training step, one block of 7B, {tokens} tokens", steps, turns, device, floor=floor):
+        for row in compare(f"training step, one block of 7B, {tokens} tokens", steps, turns, device, least):
             row["peak bytes"] = peak = peak_memory(steps[row["name"]], device)
             print(f"  {row['name']:44} {peak / 2 ** 20:9.0f} MiB more at its peak" if peak is not None else "")
             rows.append(row)
@@ -344,8 +361,8 @@ def main():
     quantized = quantize_model(copy.deepcopy(dense), BITS, GROUP_SIZE)
     rows = inference(dense, quantized, facts, turns, dtype, args.device)
     rows += training(dense, quantized, facts, (512,) if args.quick else (512, 2048), turns, dtype, args.device)
-    rows += gptq(2048 if args.quick else 4096, turns)
-    rows += growth(2 if args.quick else 5, QUICK_GROWTH if args.quick else GROWTH, dtype, args.device)
+    rows += gptq(2048 if args.quick else 4096, turns, facts)
+    rows += growth(2 if args.quick else 5, QUICK_GROWTH if args.quick else GROWTH, facts, dtype, args.device)
     if args.plot:
         plot([row for row in rows if "axis" in row], args.plot)
     if args.json:

@@ -31,11 +31,14 @@ def test_contenders_take_turns_and_the_first_turn_does_not_count(monkeypatch):
 
 def test_ratios_are_of_the_same_turn_and_who_is_missing_is_told(monkeypatch, capsys):
     monkeypatch.setattr(bench, "take_turns", lambda *_: {"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 12.0]})
-    rows = bench.compare("racing", {"a": print, "b": print, "c": None}, 3, "cpu", parts=2)
+    least = bench.floors({"matmul": {"torch.float32": 4e9}, "copy": 2e9}, torch.float32, operations=8e6, moved=8e6)
+    rows = bench.compare("racing", {"a": print, "b": print, "c": None}, 3, "cpu", least, parts=2)
     assert [row["name"] for row in rows] == ["a", "b"]
-    assert rows[1] == {"what": "racing", "name": "b", "milliseconds": 1000, "floor": None,
+    assert rows[1] == {"what": "racing", "name": "b", "milliseconds": 1000, "floors": {"arithmetic": 2, "memory": 4},
                        "ratio": 2, "from": 1, "to": 3}
-    assert "c  " in capsys.readouterr().out.split("left out: not installed")[0].splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert "racing (floors: arithmetic 2 ms, memory 4 ms)" in printed
+    assert "c  " in printed.split("left out: not installed")[0].splitlines()[-1]
 
 
 @pytest.mark.parametrize("bits,group_size", [(4, 32), (2, 16), (3, 64)])
@@ -66,7 +69,7 @@ def test_everything_is_measured_and_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "NARROW", config)
     facts = {"matmul": {"torch.float32": 1e9, "torch.bfloat16": 1e9}, "copy": 1e9}
     monkeypatch.setattr(bench, "machine", lambda device: facts)
-    monkeypatch.setattr(bench, "gptq", functools.partial(lambda gptq, size, turns: gptq(64, turns), bench.gptq))
+    monkeypatch.setattr(bench, "gptq", functools.partial(lambda gptq, size, *rest: gptq(64, *rest), bench.gptq))
     plot = ["--plot", str(tmp_path / "b.png")] if importlib.util.find_spec("matplotlib") else []
     monkeypatch.setattr(sys, "argv", ["bench.py", "--quick", "--device", "cpu", *plot,
                                       "--json", str(tmp_path / "b.json")])
