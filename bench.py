@@ -66,12 +66,12 @@ def floors(facts, dtype, operations, moved):
     return {"arithmetic": 1e3 * operations / facts["matmul"][str(dtype)], "memory": 1e3 * moved / facts["copy"]}
 
 
-def compare(what, contenders, turns, device, floors, parts=1):
+def compare(what, contenders, turns, device, least, parts=1):
     """Prints a table of {name: function or None}, None standing for a peer not installed; returns its rows.
 
-    parts: how many equal parts (layers, tokens) a call consists of; times and `floors` are given per part.
+    parts: how many equal parts (layers, tokens) a call consists of; times and `least`, the floors, are given per part.
     """
-    print(f"\n{what} (floors: arithmetic {floors['arithmetic']:.3g} ms, memory {floors['memory']:.3g} ms)", flush=True)
+    print(f"\n{what} (floors: arithmetic {least['arithmetic']:.3g} ms, memory {least['memory']:.3g} ms)", flush=True)
     seconds = take_turns({name: run for name, run in contenders.items() if run}, turns, device)
     first, rows = next(iter(seconds.values())), []
     for name in contenders:
@@ -80,7 +80,7 @@ def compare(what, contenders, turns, device, floors, parts=1):
             continue
         ratios = [a / b for a, b in zip(seconds[name], first)]
         row = {"what": what, "name": name, "milliseconds": 1e3 * statistics.median(seconds[name]) / parts,
-               "floors": floors,
+               "floors": least,
                "ratio": statistics.median(ratios), "from": min(ratios), "to": max(ratios)}
         print("  {name:44} {milliseconds:9.4g} ms   {ratio:5.2f} x ({from:.2f} to {to:.2f})".format(**row), flush=True)
         rows.append(row)

@@ -11,7 +11,7 @@ import shutil
 
 from cli import Parser, UserError, run_command, written_whole
 from data import load_tokenizer
-from llama import load_pretrained, read_json, save_pretrained
+from llama import WEIGHT_FILES, load_pretrained, read_json, save_pretrained
 from nf4 import load_nf4
 from qalora import LoRALinear, QALoRALinear, load_adapter
 from quant import QuantLinear, load_quantized, quantization_of, save_quantized
@@ -87,12 +87,14 @@ def save_merged(model, run, folder):
 def fingerprint(weights):
     """SHA-256 over the config and over name, size and content of each weight file: of one above 64 MB, 4,096 samples.
 
-    weights: a model folder or a file. That tells models apart, as even one block trained further differs in most
-    samples, and never takes minutes.
+    weights: a model folder or a file. That tells models apart, as even one block trained further differs in some of
+    the samples, and never takes minutes.
     """
-    sha, kinds = hashlib.sha256(), (".safetensors", ".bin", ".pth")
-    files = sorted(weights.iterdir()) if weights.is_dir() else [weights]
-    for file in (f for f in files if f == weights or f.suffix in kinds or f.name in ("config.json", "params.json")):
+    sha, files = hashlib.sha256(), [weights]
+    if weights.is_dir():
+        is_part = lambda f: f.suffix in WEIGHT_FILES or f.name in ("config.json", "params.json")
+        files = sorted(f for f in weights.iterdir() if is_part(f) and f.is_file() and not f.name.startswith("."))
+    for file in files:
         size = file.stat().st_size
         sha.update(f"{file.name} {size}".encode())
         with open(file, "rb") as f:

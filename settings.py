@@ -10,14 +10,14 @@ import torch
 import data
 from cli import Parser, UserError
 from export import check_gguf, is_gguf
-from llama import CONFIGS, LINEARS, Llama, check_device, open_weights, read_config, read_json
+from llama import CONFIGS, LINEARS, WEIGHT_FILES, Llama, check_device, open_weights, read_config, read_json
 from qalora import check_targets
 from quant import check_group_size, load_quantized, quantization_of
 
 TOY = dict(rank=8, alpha=16.0, lr=1.5e-3, steps=400, batch_size=32, micro_batch_size=32, max_length=256, clip=1.0)
 REAL = dict(rank=64, alpha=16.0, lr=2e-5, steps=10_000, batch_size=16, micro_batch_size=4, max_length=512, clip=0.3)
 CHANGEABLE = ("out", "steps", "device", "micro_batch_size", "checkpointing", "save_every", "weights", "tokenizer", "data",
-              "calibration")  # on resuming: none changes what is learned, but for the rounding of sums
+              "calibration")  # on resuming: none changes what a step learns, but for rounding
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 MISSING_WEIGHTS = """\
 LLaMA weights are to be had from Meta (llama.com) or, once its licence is accepted, from huggingface.co/meta-llama.
@@ -206,38 +206,35 @@ def check(s):
         raise UserError(f"--out {out} cannot be written ({e.strerror}); choose another folder") from e
 
 
-def stored_bytes(weights):
-    """Bytes that a number of the embedding takes in --weights; UserError where these are not whole."""
-    if not weights or is_gguf(weights):
-        return 4  # at most
-    if quantization_of(weights):
-        return load_quantized(weights).model.embed_tokens.weight.itemsize
-    return open_weights(weights)[1]["model.embed_tokens.weight"]().itemsize
+def check_weights(weights):
+    """Raises UserError where --weights lack a tensor or have one of another shape; config_of has checked a GGUF file."""
+    if not is_gguf(weights):
+        (load_quantized if quantization_of(weights) else open_weights)(weights)
 
 
 def check_room(s, base_is_made):
     """Raises UserError when the disk cannot hold what the run will write: base (unless made), checkpoints, result.
 
-    And when --weights are not whole, as far as their headers tell.
 
-    What lies in the folder already counts as room, as it is replaced; but an old base is, until a new one is there.
+    Old checkpoints count as room, as new ones replace them; but an old base is there until a new one is.
     """
     out = pathlib.Path(s["out"])
     with torch.device("meta"):
         model = Llama(config_of(s["weights"], s["tokenizer"]) if s["weights"] else CONFIGS["tiny"])
     linears = sum(p.numel() for p in model.model.layers.parameters())
     others = sum(p.numel() for p in model.parameters()) - linears
-    base = 0
-    if not base_is_made:
-        stored = stored_bytes(s["weights"])
-        per_weight = {"qalora": s["bits"] / 8 + 6 / s["group_size"], "qlora": 4.127 / 8, "lora": stored}[s["method"]]
-        base = linears * per_weight + others * stored
+    per_weight = {"qalora": s["bits"] / 8 + 6 / s["group_size"], "qlora": 4.127 / 8, "lora": 4}[s["method"]]
+    base = linears * per_weight + 4 * others
+    if s["weights"] and is_gguf(s["weights"]):
+        base += 4 * others  # the file's own are kept too
+    elif s["weights"] and (s["method"] == "lora" or quantization_of(s["weights"])):  # a copy
+        base = sum(f.stat().st_size for f in pathlib.Path(s["weights"]).iterdir() if f.suffix in WEIGHT_FILES)
     pooled = s["group_size"] if s["method"] == "qalora" else 1
     widths = sum(p.shape[0] + p.shape[1] // pooled for name, p in model.named_parameters()
                  if name.split(".")[-2] in s["targets"].split(","))
-    need = base + 2 * 3 * 4 * s["rank"] * widths  # twice an adapter and AdamW's two moments
-    replaced = [f for f in out.rglob("*") if f.is_file() and out / "base" not in f.parents]
-    free = shutil.disk_usage(out).free + sum(f.stat().st_size for f in replaced)
+    rest = 2 * 3 * 4 * s["rank"] * widths  # twice an adapter and AdamW's two moments
+    replaced = sum(f.stat().st_size for name in ("step-*", "previous-adapter") for f in out.glob(f"{name}/*"))
+    need, free = (0 if base_is_made else base) + max(0, rest - replaced), shutil.disk_usage(out).free
     if need > free:
         raise UserError(f"--out {out} has {free / 1e9:.3f} GB free where the run may need {need / 1e9:.3f} GB; "
                         "choose a disk with more room")

@@ -39,7 +39,7 @@ from merge import fingerprint, load_model, merge, save_merged
 from nf4 import quantize_model_nf4
 from qalora import adapter_parameters, add_adapters, restore_adapter, save_adapter
 from quant import quantization_of, quantize_model, save_quantized
-from settings import check_room, quantized_already, read_settings
+from settings import check_room, check_weights, quantized_already, read_settings
 
 TOY_BASE = pathlib.Path("runs/tiny-base")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -91,7 +91,7 @@ def made_from(s):
 def base_is_made(s):
     """Whether the run's base/ is there and was made from the same weights in the same way.
 
-    Raises UserError when a run that is to be resumed began over another base.
+    Raises UserError when a run that is to be resumed was trained over another base.
     """
     base, weights = pathlib.Path(s["out"]) / "base", s["weights"] or TOY_BASE
     record = base / "made_from.json"
@@ -100,7 +100,7 @@ def base_is_made(s):
     if record.read_bytes() == made_from(s).encode():
         print(f"base: {base} is already made from these weights in this way")
         return True
-    if s["resume"]:
+    if s["resume"] and newest_checkpoint(pathlib.Path(s["out"])):
         raise UserError(f"{weights}, its tokenizer, the calibration or run.json has changed since {base} was made, so the run "
                         "cannot go on; put the old files back, or start the run anew without --resume")
     print(f"base: {base} was made from other weights or in another way; making it anew")
@@ -201,6 +201,8 @@ def fine_tune(s, model, examples, held_out):
                 bar.close()
                 how = f"stopped after step {step + 1}; go on with: python train.py --resume --out {out}"
                 sys.exit(how if RANK == 0 else 1)
+    if signals and WORLD == 1:  # it came with the last step
+        raise KeyboardInterrupt
 
 
 def check_finite(out, step, **values):
@@ -266,7 +268,7 @@ def memory_in_use(device):
 
 @contextlib.contextmanager
 def stopped_by_signals():
-    """Yields a list that the first Ctrl-C or SIGTERM is put into, so that the step can end; a second one kills."""
+    """Yields a list that the first Ctrl-C or SIGTERM is put into, so that the step can end; a second one ends it at once."""
     received = []
 
     def receive(number, frame):
@@ -412,7 +414,8 @@ def main():
         try:
             whole_run(s)
         except KeyboardInterrupt:
-            if RANK or not (pathlib.Path(s["out"]) / "run.json").exists():
+            told = pathlib.Path(s["out"]) / "run.json"
+            if RANK or not told.exists() or told.read_text() != settings_text(s):  # it is that of an earlier run
                 raise
             sys.exit(f"stopped; go on with: python train.py --resume --out {s['out']}")
         except RuntimeError as e:
@@ -452,8 +455,7 @@ def whole_run(s):
         prepare(s, out, world, records)
     if WORLD > 1:  # the others wait here until the base is made
         if s["device"] == "cuda":
-            s["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(s["device"])
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from here on
         dist.init_process_group(timeout=datetime.timedelta(days=2))  # NCCL on GPUs, gloo on CPUs
         dist.barrier()
     model, tokenizer = evals.load(out / "base", s["device"])
@@ -492,22 +494,32 @@ def prepare(s, out, world, records):
                         "or choose another --out")
     tiny_is_wanted = not s["weights"] and (s["fresh"] or not (TOY_BASE / "config.json").exists())
     made = not tiny_is_wanted and base_is_made(s)
+    if s["weights"] and not made:
+        check_weights(pathlib.Path(s["weights"]))
     check_room(s, made)
     texts = None if made or not uses_gptq(s) else calibration_texts(s, world, records)  # here a file may be refused
     for leftover in [*out.glob(".*.unfinished"), *out.glob(".*.old")]:  # of a run that was killed while it wrote
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if not s["resume"]:
-        for folder in out.glob("step-*"):  # under another name first: half a folder is no checkpoint
-            shutil.rmtree(folder.rename(out / f".{folder.name}.unfinished"))
-        if (out / "adapter").exists():
-            shutil.rmtree(out / "previous-adapter", ignore_errors=True)
-            (out / "adapter").rename(out / "previous-adapter")
-        save_settings(s)
+    finished = (out / "adapter").exists()
+    if not (s["resume"] or finished):  # already now, so that --resume goes on if what follows is interrupted
+        start_anew(s, out)
     if tiny_is_wanted:
         pretrain(data.make_world(), TOY_BASE)
         made = base_is_made(s)  # the same seed makes the same model
     if not made:
         prepare_base(s, texts)
+    if finished and not s["resume"]:  # only now, as the weights may have been refused
+        start_anew(s, out)
+
+
+def start_anew(s, out):
+    """Clears the run that was in the folder away, but keeps its adapter; writes the settings of the one that begins."""
+    for folder in out.glob("step-*"):  # under another name first: half a folder is no checkpoint
+        shutil.rmtree(folder.rename(out / f".{folder.name}.unfinished"))
+    if (out / "adapter").exists():
+        shutil.rmtree(out / "previous-adapter", ignore_errors=True)
+        (out / "adapter").rename(out / "previous-adapter")
+    save_settings(s)
 
 
 def calibration_texts(s, world, records=()):
@@ -522,9 +534,14 @@ def calibration_texts(s, world, records=()):
 
 def save_settings(s):
     """Writes run.json, from which --resume reads what the command line does not say."""
-    kept = {name: value for name, value in s.items() if name not in ("resume", "fresh", "plot", "base", "examples")}
     with written_whole(pathlib.Path(s["out"]) / "run.json") as beside:
-        beside.write_text(json.dumps(kept, indent=2) + "\n")
+        beside.write_text(settings_text(s))
+
+
+def settings_text(s):
+    """What run.json holds of the settings."""
+    passing = ("resume", "fresh", "plot", "base", "examples")
+    return json.dumps({name: value for name, value in s.items() if name not in passing}, indent=2) + "\n"
 
 
 def digest(examples):
@@ -613,4 +630,4 @@ def plot(out):
 
 
 if __name__ == "__main__":
-    run_command(main, "lower --micro-batch-size (--resume takes a new one) or --max-length")
+    run_command(main, "lower --micro-batch-size (--resume takes a new one), --max-length, --rank or --calibration-tokens")

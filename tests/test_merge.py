@@ -218,6 +218,14 @@ def the_weights_of_another_base(run):
     shutil.copy(run.parent / "other" / "model.safetensors", run / "base")
 
 
+def test_what_other_programs_leave_in_a_base_does_not_make_it_another(run):
+    before = merge.fingerprint(run / "base")
+    (run / "base" / "._model.safetensors").write_bytes(b"left by a file manager")
+    (run / "base" / "README.md").write_text("mine")
+    (run / "base" / "old.bin").mkdir()
+    assert merge.fingerprint(run / "base") == before
+
+
 @pytest.mark.parametrize("damage, says", [
     (lambda run: (run / "run.json").unlink(), "no run of train.py"),
     (lambda run: shutil.rmtree(run), "no run of train.py"),

@@ -250,6 +250,14 @@ def test_a_merged_model_is_float_in_the_models_own_dtype_and_computes_the_same(n
     assert error < (1e-5 if dtype == torch.float32 else 0.05), error
 
 
+def test_a_scale_that_is_not_a_number_is_refused(tmp_path):
+    model = quantize_model_nf4(tiny_model())
+    model.model.layers[1].mlp.up_proj.scale.view(torch.uint8)[0] = 0x7F  # NaN in float8_e4m3fn
+    save_quantized(model, tmp_path, quantizer="nf4")
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.scale has NaN"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("nf4", [False, True])
 def test_a_run_of_the_baselines_loads_merged_and_is_saved_as_a_float_model(tmp_path, nf4):
     model, run = tiny_model(), tmp_path / "run"

@@ -693,7 +693,7 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path, bits, tied, dtype):
 
 
 def test_the_tensors_of_a_loaded_model_stay_in_their_file(tmp_path):
-    """Memory-mapped: so a model of gigabytes is there at once, and is read when it is used."""
+    """Memory-mapped: so a model of gigabytes is there at once and takes no memory of its own."""
     save_quantized(quantize_model(random_llama(), 4, 8), tmp_path)
     back = load_quantized(tmp_path)
     if not pathlib.Path("/proc/self/maps").exists():

@@ -313,6 +313,38 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(world, tmp_path, number):
     assert adapter(out) == adapter(tmp_path / "whole") and metrics(out) == metrics(tmp_path / "whole")
 
 
+def test_a_signal_while_another_base_is_made_leaves_the_finished_run_that_was_there(world, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    monkeypatch.setattr(train, "quantize_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    text = run(tmp_path / "log", options(world, tmp_path / "run", bits=3), status=130)
+    assert text.splitlines()[-1] == "stopped"  # there is nothing to resume
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+
+
+def test_a_run_interrupted_while_its_new_base_is_made_goes_on(world, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")  # so that there is no finished run to keep
+    monkeypatch.setattr(train, "quantize_model", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    text = run(tmp_path / "log", [*options(world, tmp_path / "run", bits=3), "--fresh"], status=1)
+    assert text.splitlines()[-1] == f"stopped; go on with: python train.py --resume --out {tmp_path / 'run'}"
+    monkeypatch.undo()
+    run(tmp_path / "log", ["--resume", "--out", str(tmp_path / "run")])
+    run(tmp_path / "log", options(world, tmp_path / "other", bits=3))
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "other")
+
+
+def test_a_signal_that_comes_with_the_last_step_stops_before_the_comparison(world, whole, tmp_path, monkeypatch):
+    save = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda s, step, *rest: (
+        save(s, step, *rest), os.kill(os.getpid(), signal.SIGINT) if step == 6 else None))
+    text = run(tmp_path / "log", options(world, tmp_path / "run"), status=1)
+    assert text.splitlines()[-1].startswith("stopped; go on with") and not (tmp_path / "run" / "adapter").exists()
+    monkeypatch.undo()
+    run(tmp_path / "log", ["--resume", "--out", str(tmp_path / "run")])
+    assert adapter(tmp_path / "run") == adapter(whole)
+
+
 def test_a_signal_that_comes_while_a_checkpoint_is_saved_stops_after_the_next_step(world, tmp_path, monkeypatch):
     save = train.save_checkpoint
 
@@ -578,17 +610,28 @@ def cut_short(world, tmp_path, name):
     return dict(weights=tmp_path / "cut")
 
 
-@pytest.mark.parametrize("wrong", ["calibration", "weights", "quantized weights"])
+def with_nan(world, tmp_path):
+    """--weights: a copy of world/weights with one NaN, which is found when its tensor is read."""
+    folder = shutil.copytree(world / "weights", tmp_path / "nan")
+    model = llama.load_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[-1, -1] = torch.nan
+    llama.save_pretrained(model, folder)
+    return dict(weights=folder)
+
+
+@pytest.mark.parametrize("wrong", ["calibration", "weights", "quantized weights", "a weight"])
 def test_a_refused_file_leaves_the_finished_run_that_was_there(world, whole, tmp_path, wrong):
     out = tmp_path / "run"
     run(tmp_path / "log", options(world, out, steps=1))
-    before = {file.name: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    before = {file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()}
     (tmp_path / "bad.json").write_text("[]")
     changed = {"calibration": lambda: dict(quantizer="gptq", calibration=tmp_path / "bad.json"),
                "weights": lambda: cut_short(world, tmp_path, "weights"),
-               "quantized weights": lambda: cut_short(world, tmp_path, "whole/base")}[wrong]()
+               "quantized weights": lambda: cut_short(world, tmp_path, "whole/base"),
+               "a weight": lambda: with_nan(world, tmp_path)}[wrong]()
     run(tmp_path / "log", options(world, out, **changed), status=2)
-    assert {file.name: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert {file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
 def test_gptq_is_calibrated_on_the_training_data_or_what_is_named(world, tmp_path):
@@ -981,19 +1024,20 @@ def test_a_new_base_needs_room_beside_the_old_one(world, whole, tmp_path, monkey
     assert merge.load_model(tmp_path / "run"), "what was there is gone"
 
 
-@pytest.mark.parametrize("method, bytes_a_weight", [("qlora", 0.52), ("lora", 2)])
-def test_a_baseline_needs_the_room_that_its_base_takes(world, tmp_path, monkeypatch, method, bytes_a_weight):
-    save_random(tmp_path / "weights", config=dataclasses.replace(CONFIG, num_hidden_layers=8), dtype=torch.bfloat16)
+@pytest.mark.parametrize("method, dtype", [("qlora", torch.float32), ("lora", torch.float32), ("lora", torch.bfloat16),
+                                           ("qalora", torch.float32)])
+def test_a_run_needs_the_room_that_its_base_and_its_checkpoints_take(world, tmp_path, monkeypatch, method, dtype):
+    save_random(tmp_path / "weights", config=dataclasses.replace(CONFIG, num_hidden_layers=8), dtype=dtype)
     shutil.copy(world / "weights" / "tokenizer.model", tmp_path / "weights")
-    words = options(world, tmp_path / "run", weights=tmp_path / "weights", method=method, quantizer=None, rank=1, steps=1)
-    linears = 8 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
-    need = linears * bytes_a_weight + 2 * 512 * 64 * 2 + 2 * 3 * 4 * 8 * (4 * 64 + 2 * 96 + 64 + 3 * 160) + 10_000
-    for room, enough in ((need * 0.9, False), (need * 1.1, True)):
+    words = dict(weights=tmp_path / "weights", method=method, quantizer=None, rank=1, steps=1)
+    run(tmp_path / "log", options(world, tmp_path / "run", **words))
+    base, checkpoint = ((tmp_path / "run" / name).stat().st_size for name in ("base/model.safetensors", "step-1/optimizer.pt"))
+    for room, enough in ((0.9 * base, False), (1.1 * base + 3 * checkpoint, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 0, int(room)))
         if enough:
-            run(tmp_path / "log", words)
+            run(tmp_path / "log", options(world, tmp_path / "again", **words))
         else:
-            assert "more room" in refusal(monkeypatch, *words)
+            assert "more room" in refusal(monkeypatch, *options(world, tmp_path / "again", **words))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused_by_name(world, tmp_path, monkeypatch):
