@@ -575,6 +575,16 @@ def test_a_base_is_reused_unless_it_would_be_another(world, tmp_path):
         assert all(quantization[k] == v for k, v in change.items() if k in ("bits", "group_size", "quantizer")), change
 
 
+def test_a_new_run_in_a_finished_ones_folder_keeps_only_that_ones_adapter(world, whole, tmp_path):
+    out = pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
+    run(tmp_path / "log", options(world, out, steps=2, seed=5))
+    run(tmp_path / "log", options(world, tmp_path / "alone", steps=2, seed=5))
+    assert (out / "previous-adapter" / "adapter.safetensors").read_bytes() == adapter(whole)
+    assert adapter(out) == adapter(tmp_path / "alone") != adapter(whole)
+    assert json.loads((out / "run.json").read_text())["seed"] == 5 and metrics(out) == metrics(tmp_path / "alone")
+    assert [folder.name for folder in out.glob("*step-*")] == ["step-2"]
+
+
 @given(place=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=20)
 def test_checkpoints_that_differ_anywhere_are_told_apart(world, place):
@@ -672,7 +682,8 @@ def test_another_tokenizer_makes_the_base_anew(world, tmp_path):
 
 
 @pytest.fixture(scope="module", params=[("qalora", "rtn", torch.float32), ("qalora", "rtn", torch.bfloat16),
-                                        ("qalora", "gptq", torch.float32), ("qlora", "nf4", torch.float32)], ids="{0[1]} {0[2]}".format)
+                                        ("qalora", "gptq", torch.float32), ("qlora", "nf4", torch.float32)],
+                ids="{0[1]} {0[2]}".format)
 def peaks(request, tmp_path_factory):
     """{layers: (MB of private memory that quantizing added at its peak, MB of the base's file, and of the dense one)}.
 
@@ -1024,15 +1035,15 @@ def test_a_new_base_needs_room_beside_the_old_one(world, whole, tmp_path, monkey
     assert merge.load_model(tmp_path / "run"), "what was there is gone"
 
 
-@pytest.mark.parametrize("method, dtype", [("qlora", torch.float32), ("lora", torch.float32), ("lora", torch.bfloat16),
-                                           ("qalora", torch.float32)])
-def test_a_run_needs_the_room_that_its_base_and_its_checkpoints_take(world, tmp_path, monkeypatch, method, dtype):
+@pytest.mark.parametrize("method, dtype", [("qlora", torch.float32), ("lora", torch.float32), ("lora", torch.bfloat16)])
+def test_a_baseline_needs_the_room_that_its_base_and_its_checkpoints_take(world, tmp_path, monkeypatch, method, dtype):
     save_random(tmp_path / "weights", config=dataclasses.replace(CONFIG, num_hidden_layers=8), dtype=dtype)
     shutil.copy(world / "weights" / "tokenizer.model", tmp_path / "weights")
-    words = dict(weights=tmp_path / "weights", method=method, quantizer=None, rank=1, steps=1)
+    words = dict(weights=tmp_path / "weights", method=method, quantizer=None, rank=16, steps=1)
     run(tmp_path / "log", options(world, tmp_path / "run", **words))
     base, checkpoint = ((tmp_path / "run" / name).stat().st_size for name in ("base/model.safetensors", "step-1/optimizer.pt"))
-    for room, enough in ((0.9 * base, False), (1.1 * base + 3 * checkpoint, True)):
+    need = base + 2 * 1.5 * checkpoint  # two checkpoints, which hold the adapter beside its two moments
+    for room, enough in ((0.9 * need, False), (1.1 * need, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 0, int(room)))
         if enough:
             run(tmp_path / "log", options(world, tmp_path / "again", **words))
