@@ -181,8 +181,8 @@ def test_the_file_has_the_vocabulary_and_fills_it_up_to_the_embedding(folder_of,
         + ["[PAD296]", "[PAD297]", "[PAD298]", "[PAD299]"]
     assert metadata["tokenizer.ggml.scores"] == [ours.get_score(i) for i in range(296)] + [-10000.0] * 4
     assert metadata["tokenizer.ggml.token_type"] == kind + [5] * 4 and kind[:4] == [2, 3, 3, 6]
-    expected = {"model": "llama", "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True,
-                "add_eos_token": False, "add_space_prefix": True}
+    expected = {"model": "llama", "pre": "default", "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0,
+                "add_bos_token": True, "add_eos_token": False, "add_space_prefix": True}
     assert {key: metadata.get(f"tokenizer.ggml.{key}") for key in expected} == expected
 
 
