@@ -215,7 +215,6 @@ def check_weights(weights):
 def check_room(s, base_is_made):
     """Raises UserError when the disk cannot hold what the run will write: base (unless made), checkpoints, result.
 
-
     Old checkpoints count as room, as new ones replace them; but an old base is there until a new one is.
     """
     out = pathlib.Path(s["out"])
