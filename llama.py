@@ -65,7 +65,6 @@ CONFIGS = {  # vocabulary, width, feed-forward width, layers, heads, key-value h
     "llama2-13b": LlamaConfig(32000, 5120, 13824, 40, 40, 40, **_V2),
     "llama2-70b": LlamaConfig(32000, 8192, 28672, 80, 64, 8, **_V2),
 }
-WEIGHT_FILES = (".safetensors", ".bin", ".pth")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -407,8 +406,17 @@ def open_file(path):
 
 
 def all_finite(tensor):
-    """Whether none of the values is NaN or infinite; unlike isfinite, without a copy."""
-    return all(extreme.isfinite() for extreme in tensor.aminmax())  # NaN gets through aminmax
+    """Whether none of the values is NaN or infinite; unlike isfinite, without a copy (but of float8)."""
+    if not tensor.numel():
+        return True
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no aminmax
+    return all(extreme.isfinite() for extreme in wide.aminmax())  # NaN gets through aminmax
+
+
+def weight_files(folder):
+    """The files in `folder` that may hold weights, by name."""
+    return sorted(f for f in folder.iterdir()
+                  if f.suffix in (".safetensors", ".bin", ".pth") and f.is_file() and not f.name.startswith("."))
 
 
 def _open_hf_files(folder):

@@ -11,7 +11,7 @@ import shutil
 
 from cli import Parser, UserError, run_command, written_whole
 from data import load_tokenizer
-from llama import WEIGHT_FILES, load_pretrained, read_json, save_pretrained
+from llama import load_pretrained, read_json, save_pretrained, weight_files
 from nf4 import load_nf4
 from qalora import LoRALinear, QALoRALinear, load_adapter
 from quant import QuantLinear, load_quantized, quantization_of, save_quantized
@@ -92,8 +92,8 @@ def fingerprint(weights):
     """
     sha, files = hashlib.sha256(), [weights]
     if weights.is_dir():
-        is_part = lambda f: f.suffix in WEIGHT_FILES or f.name in ("config.json", "params.json")
-        files = sorted(f for f in weights.iterdir() if is_part(f) and f.is_file() and not f.name.startswith("."))
+        configs = [weights / name for name in ("config.json", "params.json")]
+        files = sorted(weight_files(weights) + [config for config in configs if config.is_file()])
     for file in files:
         size = file.stat().st_size
         sha.update(f"{file.name} {size}".encode())

@@ -10,7 +10,7 @@ import torch
 import data
 from cli import Parser, UserError
 from export import check_gguf, is_gguf
-from llama import CONFIGS, LINEARS, WEIGHT_FILES, Llama, check_device, open_weights, read_config, read_json
+from llama import CONFIGS, LINEARS, Llama, check_device, open_weights, read_config, read_json, weight_files
 from qalora import check_targets
 from quant import check_group_size, load_quantized, quantization_of
 
@@ -227,7 +227,7 @@ def check_room(s, base_is_made):
     if s["weights"] and is_gguf(s["weights"]):
         base += 4 * others  # the file's own are kept too
     elif s["weights"] and (s["method"] == "lora" or quantization_of(s["weights"])):  # a copy
-        base = sum(f.stat().st_size for f in pathlib.Path(s["weights"]).iterdir() if f.suffix in WEIGHT_FILES)
+        base = sum(f.stat().st_size for f in weight_files(pathlib.Path(s["weights"])))
     pooled = s["group_size"] if s["method"] == "qalora" else 1
     widths = sum(p.shape[0] + p.shape[1] // pooled for name, p in model.named_parameters()
                  if name.split(".")[-2] in s["targets"].split(","))

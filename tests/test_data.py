@@ -229,8 +229,8 @@ BAD = [  # (the second of three records, what its error says)
 
 
 @pytest.mark.parametrize("bad, message", BAD)
-@pytest.mark.parametrize("pattern, line", [("\n[{0}, {1}, {0}]", 2), ("[\n{0},\n\n  {1},\n{0}]", 4),
-                                           ("{0}\n{1}\n{0}\n", 2), ("\n{0}\r\n\n{1}", 4)])
+@pytest.mark.parametrize("pattern, line", [("[{0}, {1}, {0}]", 1), ("\n[{0}, {1}, {0}]", 2),
+                                           ("[\n{0},\n\n  {1},\n{0}]", 4), ("{0}\n{1}\n{0}\n", 2), ("\n{0}\r\n\n{1}", 4)])
 def test_the_first_bad_record_is_named_by_file_line_and_number(tmp_path, bad, message, pattern, line):
     with pytest.raises(UserError, match=rf"records.json, line {line} \(record 2\): .*{message}"):
         read(tmp_path, pattern.format(GOOD, bad))

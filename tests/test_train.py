@@ -37,6 +37,7 @@ import settings as options_of_train
 import torch._dynamo  # PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
 import train
 from cli import UserError, run_command
+from test_llama import Attack
 
 ROOT = pathlib.Path(train.__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -450,11 +451,6 @@ def test_a_run_that_ran_out_of_memory_may_go_on_with_less(world, whole, tmp_path
     assert json.loads((tmp_path / "run" / "run.json").read_text())["micro_batch_size"] == 1
 
 
-class Attack:
-    def __reduce__(self):
-        return pathlib.Path.touch, (pathlib.Path("attacked"),)
-
-
 def test_a_checkpoint_is_read_without_running_code(world, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     torch.save({"optimizer": Attack(), "step": 6}, tmp_path / "run" / "step-6" / "optimizer.pt")
@@ -685,12 +681,13 @@ def test_another_tokenizer_makes_the_base_anew(world, tmp_path):
                                         ("qalora", "gptq", torch.float32), ("qlora", "nf4", torch.float32)],
                 ids="{0[1]} {0[2]}".format)
 def peaks(request, tmp_path_factory):
-    """{layers: (MB of private memory that quantizing added at its peak, MB of the base's file, and of the dense one)}.
+    """The quantizer, and of a model of few layers and one of many: (MB of private memory that quantizing added at its
+    peak, MB of the base's file, and of the dense one).
 
     In float32 every block is a private copy; in bfloat16 what is freed on the way lies between the results.
     """
     method, quantizer, dtype = request.param
-    found = {}
+    found = []
     for layers in (2, 10) if quantizer == "gptq" else (4, 24):
         folder = tmp_path_factory.mktemp(f"{layers}-layers")
         save_random(folder, config=llama.LlamaConfig(512, 768, 2048, layers, 12, 12), dtype=torch.bfloat16)
@@ -712,9 +709,9 @@ def peaks(request, tmp_path_factory):
             time.sleep(0.001)
         assert process.returncode == 0
         dense = (folder / "model.safetensors").stat().st_size / 1e6
-        found[layers] = peak - start, (folder / "base" / "model.safetensors").stat().st_size / 1e6, dense
+        found.append((peak - start, (folder / "base" / "model.safetensors").stat().st_size / 1e6, dense))
         shutil.rmtree(folder)
-    return found
+    return quantizer, *found
 
 
 def private_megabytes(pid):
@@ -727,18 +724,18 @@ def private_megabytes(pid):
 
 
 def test_memory_while_quantizing_grows_with_the_packed_size(peaks):
-    (few, few_packed, few_dense), (many, many_packed, many_dense) = peaks.values()
+    _, (few, few_packed, few_dense), (many, many_packed, many_dense) = peaks
     packed, dense = many_packed - few_packed, many_dense - few_dense
     assert dense > 2.5 * packed > 0
     assert many - few < (packed + dense) / 2, (many, few, packed, dense)
 
 
-def test_memory_while_quantizing_is_the_packed_model_two_dense_blocks_and_what_one_layer_takes(request, peaks):
+def test_memory_while_quantizing_is_the_packed_model_two_dense_blocks_and_what_one_layer_takes(peaks):
+    quantizer, *found = peaks
     block = (4 * 768 ** 2 + 3 * 768 * 2048) * 4 / 1e6  # as it is computed with, in float32
     layer = {"rtn": 0, "nf4": 5 * 768 * 2048 * 4 / 1e6,  # the widest one's quotients and codes in 32 bits
              "gptq": (3 * 768 ** 2 + 5 * 2048 ** 2) * 4 / 1e6}  # a block's four Hessians, the widest as it is factored
-    quantizer = next(name for name in layer if name in request.node.name)
-    for peak, packed, _ in peaks.values():
+    for peak, packed, _ in found:
         assert peak < packed + 2 * block + layer[quantizer] + 30, (peak, packed, block)
 
 
