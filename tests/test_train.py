@@ -678,7 +678,7 @@ def test_another_tokenizer_makes_the_base_anew(world, tmp_path):
 
 
 @pytest.fixture(scope="module", params=[("qalora", "rtn", torch.float32), ("qalora", "rtn", torch.bfloat16),
-                                        ("qalora", "gptq", torch.float32), ("qlora", "nf4", torch.float32)],
+                                        ("qlora", "nf4", torch.float32)],
                 ids="{0[1]} {0[2]}".format)
 def peaks(request, tmp_path_factory):
     """The quantizer, and of a model of few layers and one of many: (MB of private memory that quantizing added at its
@@ -688,7 +688,7 @@ def peaks(request, tmp_path_factory):
     """
     method, quantizer, dtype = request.param
     found = []
-    for layers in (2, 10) if quantizer == "gptq" else (4, 24):
+    for layers in (4, 24):
         folder = tmp_path_factory.mktemp(f"{layers}-layers")
         save_random(folder, config=llama.LlamaConfig(512, 768, 2048, layers, 12, 12), dtype=torch.bfloat16)
         code = ("import pathlib, sys, torch, quant, train\n"
@@ -698,7 +698,7 @@ def peaks(request, tmp_path_factory):
                 "quant.trim_heap()\n"  # what importing has left free
                 "print('ready', flush=True), sys.stdin.readline()\n"
                 f"settings = dict(method='{method}', bits=4, group_size=32, quantizer='{quantizer}', device='cpu')\n"
-                "train.make_base(settings, weights, out, lambda config: torch.arange(128).view(1, 128))\n")
+                "train.make_base(settings, weights, out, None)\n")
         process = subprocess.Popen([sys.executable, "-c", code, folder, folder / "base"], env=ENVIRONMENT, text=True,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert process.stdout.readline() == "ready\n"
@@ -733,8 +733,7 @@ def test_memory_while_quantizing_grows_with_the_packed_size(peaks):
 def test_memory_while_quantizing_is_the_packed_model_two_dense_blocks_and_what_one_layer_takes(peaks):
     quantizer, *found = peaks
     block = (4 * 768 ** 2 + 3 * 768 * 2048) * 4 / 1e6  # as it is computed with, in float32
-    layer = {"rtn": 0, "nf4": 5 * 768 * 2048 * 4 / 1e6,  # the widest one's quotients and codes in 32 bits
-             "gptq": (3 * 768 ** 2 + 5 * 2048 ** 2) * 4 / 1e6}  # a block's four Hessians, the widest as it is factored
+    layer = {"rtn": 0, "nf4": 5 * 768 * 2048 * 4 / 1e6}  # the widest one's quotients and codes in 32 bits
     for peak, packed, _ in found:
         assert peak < packed + 2 * block + layer[quantizer] + 30, (peak, packed, block)
 
