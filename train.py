@@ -174,7 +174,7 @@ def fine_tune(s, model, examples, held_out):
     optimizer = adamw(parameters, s)
     done = load_checkpoint(s, model, optimizer) if s["resume"] else 0
     network, lengths = model, tuple(len(e.tokens) for e in examples)
-    if WORLD > 1:  # the base is the same file for all, and the adapters start from the same seed: nothing to send
+    if dist.is_initialized():  # the base is the same file for all, and the adapters start from the same seed: nothing to send
         network = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
     bar = tqdm(range(done, s["steps"]), "fine-tuning", unit="step", initial=done, total=s["steps"], disable=RANK > 0)
     with stopped_by_signals() as signals, metrics_from(out, done) as write_metrics:
@@ -217,7 +217,7 @@ def check_finite(out, step, **values):
 
 def in_any_process(signals, device):
     """Whether any process has received a signal: it reaches each at another moment, but they must stop together."""
-    if WORLD == 1:
+    if not dist.is_initialized():
         return bool(signals)
     received = torch.tensor(len(signals), device=device)
     dist.all_reduce(received)
@@ -247,13 +247,13 @@ def accumulate_gradients(network, batch, micro_batch_size):
     device, total = next(network.parameters()).device, 0.0
     for micro_batch in micro_batches:
         tokens_BT, target_BT = (t.to(device) for t in data.collate(micro_batch))
-        waits = WORLD > 1 and micro_batch is not micro_batches[-1]  # the gradients meet once a step
+        waits = dist.is_initialized() and micro_batch is not micro_batches[-1]  # the gradients meet once a step
         with network.no_sync() if waits else contextlib.nullcontext():
             logits_NV = network(tokens_BT[:, :-1], keep_BT=target_BT[:, 1:])
             loss = F.cross_entropy(logits_NV.float(), tokens_BT[target_BT], reduction="sum") / response_tokens
             (loss * WORLD).backward()  # DistributedDataParallel takes the mean over the processes
         total += loss.detach()
-    if WORLD > 1:
+    if dist.is_initialized():
         dist.all_reduce(total)
     return total.item()
 
@@ -453,7 +453,7 @@ def whole_run(s):
         torch.set_num_threads(1)  # its matrices are so small that a second thread mostly waits
     if RANK == 0:
         prepare(s, out, world, records)
-    if WORLD > 1:  # the others wait here until the base is made
+    if "WORLD_SIZE" in os.environ:  # the others wait here until the base is made
         if s["device"] == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from here on
         dist.init_process_group(timeout=datetime.timedelta(days=2))  # NCCL on GPUs, gloo on CPUs
@@ -480,7 +480,7 @@ def whole_run(s):
             beside.write_text(json.dumps(results, indent=2) + "\n")
         if s["plot"]:
             plot(out)
-    if WORLD > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -102,8 +102,9 @@ def fork(log, words, rank=0, processes=1, port=0, before=None):
     tqdm.set_lock(threading.RLock())  # its own is shared by all forked copies, and one that is killed never lets go
     try:
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         train.RANK, train.WORLD = rank, processes
         sys.argv = ["train.py", *words]
         if before:
