@@ -326,7 +326,7 @@ class QuantMatmul(torch.autograd.Function):
 def product(x_NI, packed, scale, offset, bits, kernels=None):
     """x @ wᵀ, [N, O]. On a CPU some rows of w at a time, so that it is never dense as a whole."""
     tokens, in_features = x_NI.shape
-    if kernels and 0 < tokens <= FEW_TOKENS:
+    if kernels and 0 < tokens <= FEW_TOKENS and in_features // scale.shape[1] % 4 == 0:
         return kernels.multiply(x_NI, packed, scale, offset, bits)
     if kernels:
         return x_NI @ kernels.dense(packed, scale, offset, bits, in_features, x_NI.dtype).t()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import quant
@@ -62,7 +62,8 @@ def test_dense_is_scale_times_code_plus_offset_rounded_once(dtype, bits, rows, g
     assert w.dtype == dtype and rounded_once(w, exact), (w - exact).abs().max()
 
 
-@given(st.sampled_from(DTYPES), BITS, st.integers(1, 3), st.integers(1, 7), st.integers(1, 6), st.integers(1, 70), SEEDS)
+@given(st.sampled_from(DTYPES), BITS, st.integers(1, 3), st.integers(1, 7), st.integers(1, 6),
+       st.integers(1, 18).map(lambda fours: 4 * fours), SEEDS)
 @example(torch.float32, 4, 1, 3, 18, 256, 0)  # more inputs than a program takes at once
 @example(torch.float32, 3, 2, 3, 5, 64, 0)  # groups in two planes
 def test_multiply_is_dequantize_then_matmul(dtype, bits, tokens, rows, groups, group_size, seed):
@@ -70,11 +71,15 @@ def test_multiply_is_dequantize_then_matmul(dtype, bits, tokens, rows, groups, g
     x = x.to(dtype)
     y = triton_kernels.multiply(*map(transposed_in_memory, (x, pack(q.codes, bits), q.scale, q.offset)), bits)
     w = dequantize(q._replace(scale=q.scale.double(), offset=q.offset.double()))
-    exact, size = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
+    exact = x.double() @ w.double().t()
+    # float32 holds a code as 1 + code / 512 at worst, so that it rounds what is up to 1024 scales large
+    largest = 1024 * q.scale.double() + q.offset.double().abs()
+    size = x.double().abs() @ largest.repeat_interleave(group_size, dim=1).t()
     assert y.dtype == dtype
-    assert ((y - exact).abs() <= 1e-5 * size + torch.finfo(dtype).eps * exact.abs()).all(), (y - exact).abs().max()
+    assert ((y - exact).abs() <= 2 ** -23 * size + torch.finfo(dtype).eps * exact.abs()).all(), (y - exact).abs().max()
 
 
+@settings(max_examples=15)
 @given(BITS, st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.sampled_from([8, 24, 32, 33]), SEEDS)
 @example(4, 16, 5, 4, 32, 0)  # the last number of tokens that is multiplied unpacked
 @example(4, 17, 5, 4, 32, 0)  # and the first that is not
@@ -111,10 +116,11 @@ import triton, triton_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-POINTERS = {"packed": "*u8", "scale": "*fp16", "offset": "*fp32", "x": "*bf16", "out": "*bf16", "y": "*bf16"}
+POINTERS = {"packed": "*u8", "scale": "*fp16", "offset": "*fp32", "words": "*i32", "x": "*bf16", "out": "*bf16", "y": "*bf16"}
 for bits, planes in triton_kernels.PLANES.items():
-    for kernel, rows, runs in (triton_kernels._dense_kernel, 8, 4), (triton_kernels._multiply_kernel, 2, 32):
-        sizes = dict(BITS=bits, PLANES=planes, ROWS=rows, RUNS=runs, RUN=32, GROUP_SIZE=32)
+    for kernel, rows, runs, run in ((triton_kernels._dense_kernel, 8, 4, 32),
+                                    (triton_kernels._multiply_kernel, 4, 64, 64 // planes)):
+        sizes = dict(BITS=bits, PLANES=planes, ROWS=rows, RUNS=runs, RUN=run, WORDS=2, GROUP_SIZE=32)
         constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
         types = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in kernel.arg_names}
         made = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32))  # H100, H200
