@@ -5,11 +5,13 @@
 where every instruction a weight costs counts. Both compute in float32, as Triton's interpreter needs (version 3.9 gets
 bfloat16 arithmetic and tl.dot wrong), and round once. A row's bytes are planes (see `quant.pack`), so neighbouring lanes
 read neighbouring bytes and inputs. Programs go through runs of inputs that share plane and group, so that scale and
-offset are loaded once a run. Left out: tensor cores in `multiply` (the interpreter could not check them) and autotuning (seconds at every start).
+offset are loaded once a run. Left out: tensor cores in `multiply` (the interpreter could not check them) and
+autotuning (seconds at every start).
 
 `quant.py` imports this file only where it shall be used: on a GPU, or in Triton's interpreter, which needs no GPU:
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_triton.py
+    python -m pytest tests/test_triton.py     in the interpreter
+    python -m pytest tests/test_gpu.py        the same tests and more on a GPU
 """
 
 import torch
