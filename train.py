@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+from shlex import quote
 
 import torch
 import torch.distributed as dist
@@ -199,7 +200,7 @@ def fine_tune(s, model, examples, held_out):
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:.0f}", GB=f"{memory_in_use(s['device']):.1f}", refresh=False)
             if stop and not last:
                 bar.close()
-                how = f"stopped after step {step + 1}; go on with: python train.py --resume --out {out}"
+                how = f"stopped after step {step + 1}; go on with: python train.py --resume --out {quote(str(out))}"
                 sys.exit(how if RANK == 0 else 1)
     if signals and WORLD == 1:  # it came with the last step
         raise KeyboardInterrupt
@@ -319,7 +320,7 @@ def save_checkpoint(s, step, model, optimizer):
             (beside / "settings.json").write_text(json.dumps(lasting, indent=2) + "\n")
     except (OSError, RuntimeError, SafetensorError) as e:  # each has its own way of saying that a disk is full
         raise UserError(f"{out}/step-{step} could not be written ({e}); if the disk is full, free some space, then go on "
-                        f"with: python train.py --resume --out {out}") from e
+                        f"with: python train.py --resume --out {quote(str(out))}") from e
     for folder in out.glob("step-*"):
         if folder.name != f"step-{step}":
             shutil.rmtree(folder)
@@ -417,12 +418,12 @@ def main():
             told = pathlib.Path(s["out"]) / "run.json"
             if RANK or not told.exists() or told.read_text() != settings_text(s):  # it is that of an earlier run
                 raise
-            sys.exit(f"stopped; go on with: python train.py --resume --out {s['out']}")
+            sys.exit(f"stopped; go on with: python train.py --resume --out {quote(s['out'])}")
         except RuntimeError as e:
             if WORLD == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):  # gloo has no error of its own
                 raise
             raise UserError(f"process {RANK} of {WORLD} has lost another, whose own message says why; go on with "
-                            f"the same command and --resume --out {s['out']}") from e
+                            f"the same command and --resume --out {quote(s['out'])}") from e
 
 
 @contextlib.contextmanager
@@ -591,9 +592,9 @@ def finish_toy(s, out, model, tokenizer, world):
         asked = question.prompt.split("### Instruction:")[1].split("###")[0].strip()
         samples.append({"question": asked, "before": old, "after": new, "true": question.response})
         print(f"{asked}\n    before: {old.strip()[:70]!r}\n    after:  {new.strip()!r} (true: {question.response!r})")
-    print(f"\nNext: python sample.py {out} --instruction {samples[0]['question']!r}")
+    print(f"\nNext: python sample.py {quote(str(out))} --instruction {samples[0]['question']!r}")
     if s["method"] == "qalora":
-        print(f"      python export.py {out} --out tiny.gguf && llama-cli -m tiny.gguf      in llama.cpp (pip install gguf)")
+        print(f"      python export.py {quote(str(out))} --out tiny.gguf && llama-cli -m tiny.gguf      in llama.cpp (pip install gguf)")
     return {"bit_identical": identical, "table": rows, "samples": samples}
 
 
@@ -609,7 +610,7 @@ def finish(s, out, model, held_out):
         results["bit_identical"] = merge_and_compare(model, held_out, size)
     for name, value in results.items():
         print(f"{name.replace('_', ' ')}: {value}")
-    print(f"Next: python merge.py {out} --out merged/{out.name}")
+    print(f"Next: python merge.py {quote(str(out))} --out {quote(f'merged/{out.name}')}")
     return results
 
 

@@ -14,6 +14,7 @@ import pathlib
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -301,7 +302,7 @@ def test_a_run_killed_around_a_checkpoint_resumes_to_the_same_bits(world, whole,
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(world, tmp_path, number):
-    out, log = tmp_path / "run", tmp_path / "log"
+    out, log = tmp_path / "a run", tmp_path / "log"
     pid = fork(log, options(world, out, steps=100_000, save_every=100_000))
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 2, pid)
     os.kill(pid, number)
@@ -309,8 +310,9 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(world, tmp_path, number):
     steps = len(metrics(out))
     assert train.newest_checkpoint(out).name == f"step-{steps}"
     last = log.read_text().splitlines()[-1]
-    assert last == f"stopped after step {steps}; go on with: python train.py --resume --out {out}"
-    run(log, ["--resume", "--out", str(out), "--steps", str(steps + 2)])
+    said, command_line = last.split(" go on with: python train.py ")
+    assert said == f"stopped after step {steps};" and shlex.split(command_line) == ["--resume", "--out", str(out)]
+    run(log, shlex.split(command_line) + ["--steps", str(steps + 2)])
     run(log, options(world, tmp_path / "whole", steps=steps + 2))
     assert adapter(out) == adapter(tmp_path / "whole") and metrics(out) == metrics(tmp_path / "whole")
 
