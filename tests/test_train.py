@@ -892,7 +892,7 @@ def test_the_default_for_real_sizes_is_the_papers_recipe(world, tmp_path, monkey
 # ---- several processes
 
 DRIVER = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, torch
 import train
 collate, out = train.data.collate, sys.argv[sys.argv.index("--out") + 1]
 
@@ -901,14 +901,23 @@ def seen(examples):
         f.write(json.dumps([e.tokens.tolist() for e in examples]) + chr(10))
     return collate(examples)
 
-honest = train.accumulate_gradients
-def watched(*arguments):
+honest, load = train.accumulate_gradients, train.evals.load
+def watched(network, *arguments):
     train.data.collate = seen
     try:
-        return honest(*arguments)
+        return honest(network, *arguments)
     finally:
         train.data.collate = collate
+        for name, buffer in network.named_buffers():
+            assert "mark" not in name or buffer.item() == train.RANK, "one process's buffers were sent to another"
 train.accumulate_gradients = watched
+
+def marked(*arguments):
+    model, tokenizer = load(*arguments)
+    model.register_buffer("mark", torch.tensor([train.RANK]))
+    return model, tokenizer
+train.evals.load = marked
+
 if os.environ.get("RANK") == "1":
     def refuse(path):
         raise AssertionError(f"process 1 writes {path}")
