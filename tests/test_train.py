@@ -100,6 +100,7 @@ def fork(log, words, rank=0, processes=1, port=0, before=None):
     if pid:
         return pid
     status = 70
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     tqdm.set_lock(threading.RLock())  # its own is shared by all forked copies, and one that is killed never lets go
     try:
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
