@@ -31,7 +31,7 @@ from cli import Parser, new_file, run_command, written_whole
 from data import make_world, train_tokenizer
 from export import write_gguf
 from int4 import prepare_inference
-from llama import CONFIGS, LINEARS, Cache, Llama, compute_dtype, linears, rotary_table
+from llama import CONFIGS, LINEARS, Cache, Llama, check_device, compute_dtype, linears, rotary_table
 from nf4 import NF4Linear
 from qalora import add_adapters
 from quant import dequantize, min_max_range, nearest_codes, quantize_gptq, quantize_model
@@ -91,8 +91,7 @@ def machine(device):
     """This machine's name, matmul rates (operations a second, by dtype) and bandwidth (bytes read and written a second)."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     if pathlib.Path("/proc/cpuinfo").exists() and device == "cpu":
-        facts = dict(line.split("\t: ", 1) for line in open("/proc/cpuinfo") if "\t: " in line.replace("\t\t", "\t"))
-        facts = {key.strip(): value.strip() for key, value in facts.items()}
+        facts = dict(map(str.strip, line.split(":", 1)) for line in open("/proc/cpuinfo") if ":" in line)
         flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "")]
         name = f"{facts.get('model name', name)} ({', '.join(flags)})"
     rates = {}
@@ -348,10 +347,11 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer turns and tokens, a smaller layer for GPTQ")
     parser.add_argument("--json", type=new_file, help="write all rows to this file")
     parser.add_argument("--plot", type=new_file, help="draw how cost grows (PNG, needs matplotlib)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib; run: pip install matplotlib")
+    check_device(args.device)
     torch.manual_seed(0)
     quant.USE_COMPILER = False
     turns, dtype = 3 if args.quick else 7, compute_dtype(torch.bfloat16, args.device)

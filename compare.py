@@ -290,7 +290,7 @@ def plot(path):
     As points above LoRA on the same base; the ablations are left out.
     """
     rows = read_json(path).get("rows")
-    if not rows:
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) and "row" in row for row in rows)):
         raise UserError(f"{path} holds no results of compare.py")
     print(table(rows) + "\n\n" + differences(rows))
     try:
@@ -310,7 +310,8 @@ def plot(path):
     axes.set_xticks(ticks := [t for t in (3, 4, 5, 6, 7, 8, 9, 10, 16, 32) if t > axes.get_xlim()[0]], map(str, ticks))
     axes.minorticks_off()
     axes.legend()
-    figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")
+    with written_whole(path.with_suffix(".png")) as beside:
+        figure.savefig(beside, format="png", dpi=150, bbox_inches="tight")
 
 
 def main():

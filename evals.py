@@ -242,9 +242,7 @@ def load(folder, device):
     the device cannot be used, there is no model or no tokenizer, or they do not belong together.
     """
     llama.check_device(device)
-    if not pathlib.Path(folder).is_dir():
-        raise UserError(f"{folder} is no folder; name a folder with a model or a run")
-    tokenizer, model = data.load_tokenizer(folder), load_model(folder, device=device)
+    model, tokenizer = load_model(folder, device=device), data.load_tokenizer(folder)
     if tokenizer.vocab_size() > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size()} pieces, the model's embedding only "
                         f"{model.config.vocab_size}; copy the tokenizer.model that belongs to the model")
@@ -368,8 +366,9 @@ def judge_multiple_choice(model, tokenizer, path, items, batch_size):
 
 
 def judge_mmlu(model, tokenizer, path, questions, shots, batch_size):
-    rows, truncated = mmlu(model, tokenizer, questions, batch_size, f"MMLU, {shots}-shot")
-    print(f"MMLU, {shots}-shot, {path}: questions, accuracy and standard error")
+    what = f"MMLU, {shots}-shot" if pathlib.Path(path).is_dir() else "MMLU"  # a JSONL file holds whole prompts
+    rows, truncated = mmlu(model, tokenizer, questions, batch_size, what)
+    print(f"{what}, {path}: questions, accuracy and standard error")
     for name, count, accuracy, error in rows:
         print(f"  {name:40} {count:6} {percent(accuracy, error)}")
     report_truncated(truncated, len(questions))

@@ -345,6 +345,9 @@ def _meta_config(path, shards):
     if width != config.hidden_size:  # said here, before the feed-forward width of too few shards is believed
         raise UserError(f"{shards[-1][0]}: tensor tok_embeddings.weight is {width} wide up to this last shard, but "
                         f"{path.name} asks for {config.hidden_size}; is a shard missing, or one of another model?")
+    for known in CONFIGS.values():  # LLaMA-2's file does not say that its context is twice as long
+        if config == dataclasses.replace(known, max_position_embeddings=config.max_position_embeddings):
+            return known
     return config
 
 

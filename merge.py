@@ -55,6 +55,8 @@ def load_run(run, dtype=None, device="cpu"):
     """A run's base with the run's adapter merged into it; errors as for `load_model`."""
     if not (run / "adapter").is_dir():
         raise UserError(f"{run} has no finished adapter yet; go on with train.py --resume --out {run}")
+    if not (run / "base").is_dir():
+        raise UserError(f"{run}/base, the model that the adapter was trained over, is missing; copy it there again")
     model = load_model(run / "base", dtype, device)
     settings = load_adapter(model, run / "adapter")
     wanted, found = settings.get("base"), fingerprint(run / "base")
@@ -70,7 +72,7 @@ def load_run(run, dtype=None, device="cpu"):
 def check_new(folder):
     """Raises UserError unless `folder` is missing or empty: what is there may be somebody's only copy."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; remove it or choose another --out")
+        raise UserError(f"{folder} exists and is no empty folder; remove it or choose another --out")
 
 
 def save_merged(model, run, folder):

@@ -25,7 +25,7 @@ from llama import LINEARS, Llama, all_finite, fill, linears, open_file, read_con
 
 DENSE_AT_A_TIME = 2 ** 24  # bytes: a smaller matmul takes longer a weight, and glibc maps 32 MB anew every time
 IN_CACHE = 2 ** 20  # weights: 4 MB in float32 and 1 MB of codes
-FEW_TOKENS = 16  # up to here a Triton kernel that unpacks as it multiplies beats unpacking once and a dense matmul
+FEW_TOKENS = 8  # so many cost a Triton kernel that unpacks for each what unpacking once and a matmul cost, by count
 
 
 # ---- codes of 2, 3 or 4 bits, packed at exactly that cost
@@ -631,7 +631,7 @@ def load_quantized(folder, dtype=None, device="cpu"):
     folder = pathlib.Path(folder)
     quantization = quantization_of(folder)
     if quantization is None:
-        raise UserError(f"{folder} holds no quantized model; make one with train.py --weights {folder}")
+        raise UserError(f"{folder} holds no quantized model; make one with train.py --weights {folder} --data FILE")
     config, file = read_config(folder), folder / "model.safetensors"
     bits, group_size = quantization["bits"], quantization["group_size"]
     check_group_size(config, group_size)

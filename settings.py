@@ -111,6 +111,8 @@ def quantized_already(weights):
 
 def recipe(given):
     """The defaults: for real weights those of the paper (section 4.1), with its lower learning rate above 13b."""
+    if given.get("weights") == "":
+        raise UserError("--weights is empty; name a folder or a file")
     model = given.get("model") or (None if "weights" in given else "tiny")
     if model not in (None, *CONFIGS):
         raise UserError(f"unknown --model {model}; choose one of {', '.join(CONFIGS)}")
@@ -128,10 +130,15 @@ def recipe(given):
         settings["lr"] = 1e-5 if config.hidden_size > 5120 else settings["lr"]
         settings["max_length"] = min(settings["max_length"], config.max_position_embeddings)
     return dict(model=model, weights=weights, tokenizer=None, data=None, calibration=None, calibration_tokens=2 ** 18,
-                out=f"runs/{model or pathlib.Path(weights).resolve().stem}", targets=",".join(LINEARS),
+                out=default_out(model, weights), targets=",".join(LINEARS),
                 checkpointing=int(bool(weights)), save_every=100, seed=0,
                 paged_optimizer=0,
                 device="cuda" if torch.cuda.is_available() else "cpu", **settings)
+
+
+def default_out(model, weights):
+    name = pathlib.Path(weights or "").resolve().name
+    return f"runs/{model or name.removesuffix('.gguf')}"
 
 
 def resumed(given, parser):
@@ -140,7 +147,8 @@ def resumed(given, parser):
     The learning rate is constant, so more steps are more of the same. Files may have moved: train.py recognises the
     weights, the tokenizer and the examples by their contents.
     """
-    path = pathlib.Path(given.get("out") or f"runs/{given.get('model', 'tiny')}") / "run.json"
+    model = given.get("model") or (None if "weights" in given else "tiny")
+    path = pathlib.Path(given.get("out") or default_out(model, given.get("weights"))) / "run.json"
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; start without --resume, or name the run with --out")
     try:
@@ -151,11 +159,11 @@ def resumed(given, parser):
         words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
         settings |= {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
     except (ValueError, UserError) as e:
-        raise UserError(f"{path} is damaged ({e}); start the run anew without --resume") from e
+        raise UserError(f"{path} is damaged ({e}); remove {path.parent}/step-* and start without --resume") from e
     for name, value in given.items():
         if name not in CHANGEABLE and settings.get(name) != value:
             raise UserError(f"--{name.replace('_', '-')} {value} contradicts {path}, which says {settings.get(name)}; "
-                            "leave it out, or start the run anew without --resume")
+                            f"leave it out, or remove {path.parent}/step-* and start without --resume")
     return {**settings, **given, "out": str(path.parent)}
 
 
@@ -190,6 +198,11 @@ def check(s):
     if s["batch_size"] % processes:
         raise UserError(f"--batch-size {s['batch_size']} cannot be shared by {processes} processes; use a multiple")
     check_device(s["device"])
+    if s["device"] == "cuda":
+        gpu = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
+        if gpu >= torch.cuda.device_count():
+            raise UserError(f"process {gpu} has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
+        torch.cuda.set_device(gpu)  # which "cuda" means from here on
     if s["weights"] or s["tokenizer"]:
         spelling = s["tokenizer"] or s["weights"]
         pieces = data.load_tokenizer(spelling).vocab_size()

@@ -103,7 +103,7 @@ def base_is_made(s):
         return True
     if s["resume"] and newest_checkpoint(pathlib.Path(s["out"])):
         raise UserError(f"{weights}, its tokenizer, the calibration or run.json has changed since {base} was made, so the run "
-                        "cannot go on; put the old files back, or start the run anew without --resume")
+                        f"cannot go on; put the old files back, or remove {s['out']}/step-* and start without --resume")
     print(f"base: {base} was made from other weights or in another way; making it anew")
     return False
 
@@ -212,8 +212,8 @@ def check_finite(out, step, **values):
         if not math.isfinite(value):
             good = newest_checkpoint(out)
             raise UserError(f"step {step}: the {name.replace('_', ' ')} is {value:g}; "
-                            + (f"the last good checkpoint is {good}" if good else "there is no good checkpoint")
-                            + "; lower --lr and start anew")
+                            + (f"the last good checkpoint is {good}; remove it to start anew with a lower --lr" if good
+                               else "there is no good checkpoint; start anew with a lower --lr"))
 
 
 def in_any_process(signals, device):
@@ -262,7 +262,7 @@ def accumulate_gradients(network, batch, micro_batch_size):
 def memory_in_use(device):
     """GB that the process has taken: on the GPU its peak, on the CPU what is resident now."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     statm = pathlib.Path("/proc/self/statm")  # Linux only; elsewhere the bar shows 0
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9 if statm.exists() else 0.0
 
@@ -321,14 +321,19 @@ def save_checkpoint(s, step, model, optimizer):
     except (OSError, RuntimeError, SafetensorError) as e:  # each has its own way of saying that a disk is full
         raise UserError(f"{out}/step-{step} could not be written ({e}); if the disk is full, free some space, then go on "
                         f"with: python train.py --resume --out {quote(str(out))}") from e
-    for folder in out.glob("step-*"):
+    for folder in checkpoints(out):
         if folder.name != f"step-{step}":
             shutil.rmtree(folder)
 
 
+def checkpoints(out):
+    """The folders step-N/, in the order of N. Others, such as a copy named step-4.bak, are the user's own."""
+    return sorted((f for f in out.glob("step-*") if f.name[5:].isdecimal()), key=lambda folder: int(folder.name[5:]))
+
+
 def newest_checkpoint(out):
     """The step-N/ with the highest N, or None."""
-    return max(out.glob("step-*"), key=lambda folder: int(folder.name[5:]), default=None)
+    return next(reversed(checkpoints(out)), None)
 
 
 def load_checkpoint(s, model, optimizer):
@@ -346,7 +351,7 @@ def load_checkpoint(s, model, optimizer):
         step = state["step"]
     except Exception as e:  # a broken file can raise anything: the parser is not ours
         raise UserError(f"{folder}/optimizer.pt is missing or damaged ({type(e).__name__}); remove {folder} and start "
-                        "the run anew without --resume") from e
+                        "without --resume") from e
     return step
 
 
@@ -358,11 +363,11 @@ def check_same_run(s):
     lasting = read_json(folder / "settings.json")
     for name in LASTING:
         if name not in lasting:
-            raise UserError(f"{folder}/settings.json lacks {name}; remove {folder} and start the run anew without --resume")
+            raise UserError(f"{folder}/settings.json lacks {name}; remove {folder} and start without --resume")
         if lasting[name] != s[name]:
             where = {"base": f"{s['out']}/base", "examples": f"--data {s['data']}"}.get(name, f"{s['out']}/run.json")
             raise UserError(f"{folder} was trained with {name} {lasting[name]}, now it is {s[name]}: {where} has changed; "
-                            "put it back, or start the run anew without --resume")
+                            f"put it back, or remove {folder} and start without --resume")
 
 
 # ---- 4. merging, and 5. scoring
@@ -454,9 +459,7 @@ def whole_run(s):
         torch.set_num_threads(1)  # its matrices are so small that a second thread mostly waits
     if RANK == 0:
         prepare(s, out, world, records)
-    if "WORLD_SIZE" in os.environ:  # the others wait here until the base is made
-        if s["device"] == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from here on
+    if WORLD > 1 or dist.is_torchelastic_launched():  # the others wait here until the base is made
         dist.init_process_group(timeout=datetime.timedelta(days=2))  # NCCL on GPUs, gloo on CPUs
         dist.barrier()
     model, tokenizer = evals.load(out / "base", s["device"])
@@ -515,7 +518,7 @@ def prepare(s, out, world, records):
 
 def start_anew(s, out):
     """Clears the run that was in the folder away, but keeps its adapter; writes the settings of the one that begins."""
-    for folder in out.glob("step-*"):  # under another name first: half a folder is no checkpoint
+    for folder in checkpoints(out):  # under another name first: half a folder is no checkpoint
         shutil.rmtree(folder.rename(out / f".{folder.name}.unfinished"))
     if (out / "adapter").exists():
         shutil.rmtree(out / "previous-adapter", ignore_errors=True)
@@ -593,7 +596,7 @@ def finish_toy(s, out, model, tokenizer, world):
         samples.append({"question": asked, "before": old, "after": new, "true": question.response})
         print(f"{asked}\n    before: {old.strip()[:70]!r}\n    after:  {new.strip()!r} (true: {question.response!r})")
     print(f"\nNext: python sample.py {quote(str(out))} --instruction {samples[0]['question']!r}")
-    if s["method"] == "qalora":
+    if s["method"] == "qalora" and s["group_size"] % 32 == 0:  # what Q4_1's blocks of 32 can hold
         print(f"      python export.py {quote(str(out))} --out tiny.gguf && llama-cli -m tiny.gguf      in llama.cpp (pip install gguf)")
     return {"bit_identical": identical, "table": rows, "samples": samples}
 

@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import torch
 
+GIVEN = dict(os.environ)
 # The suite is about the CPU, where equal bits can be promised and a process can be forked after any test. A GPU is hidden
 # from it, so that no command takes it for its default; test_gpu.py, which shows it to processes of its own, sets this.
 if "QALORA_TESTS_ON_GPU" not in os.environ:
@@ -37,12 +38,20 @@ def material():
     return find
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    """Under CI, a test skipped for any reason but those in MAY_SKIP has failed."""
-    report = yield
+def judged(report):
+    """Under CI, what is skipped for any reason but those in MAY_SKIP has failed."""
     if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if not reason.startswith(MAY_SKIP):
             report.outcome, report.longrepr = "failed", f"skipped under CI: {reason}"
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return judged((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return judged((yield))  # a whole file

@@ -573,7 +573,7 @@ def test_what_exists_is_not_overwritten(folder_of, tmp_path, run):
     folder = folder_of()
     before = {file: file.read_bytes() for file in folder.iterdir()}
     (tmp_path / "empty").mkdir()
-    for path, said in ((folder / "config.json", "exists and is not empty"), (folder, "is a folder; name the file"),
+    for path, said in ((folder / "config.json", "exists and is no empty folder"), (folder, "is a folder; name the file"),
                        (tmp_path / "empty", "is a folder; name the file")):
         with pytest.raises(UserError, match=said):
             run(export, folder, "--out", path)

@@ -4,7 +4,6 @@
 """
 
 import importlib.util
-import os
 import pathlib
 import shutil
 import subprocess
@@ -14,11 +13,11 @@ import pytest
 import torch
 
 import train
+from conftest import GIVEN
 from test_train import adapter, close, metrics, options, save_random, world  # noqa: F401, a fixture
 
 ROOT = pathlib.Path(train.__file__).parent
-VISIBLE = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")}
-VISIBLE |= {"PYTHONPATH": str(ROOT), "QALORA_TESTS_ON_GPU": "1"}
+VISIBLE = {**GIVEN, "PYTHONPATH": str(ROOT), "QALORA_TESTS_ON_GPU": "1"}
 DEVICE = "cuda"
 
 
@@ -32,7 +31,7 @@ def python(*words, status=0):
 
 @pytest.fixture(scope="module", autouse=True)
 def gpus():
-    """How many there are. Asked of another process: one that has asked CUDA cannot be forked."""
+    """How many there are. Asked of another process, as conftest.py hides them from this one."""
     count = int(python("-c", "import torch; print(torch.cuda.device_count())")[0]) if torch.version.cuda else 0
     if not count:
         pytest.skip("needs a GPU")

@@ -81,8 +81,8 @@ def test_multiply_is_dequantize_then_matmul(dtype, bits, tokens, rows, groups, g
 
 @settings(max_examples=15)
 @given(BITS, st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.sampled_from([8, 24, 32, 33]), SEEDS)
-@example(4, 16, 5, 4, 32, 0)  # the last number of tokens that is multiplied unpacked
-@example(4, 17, 5, 4, 32, 0)  # and the first that is not
+@example(4, 8, 5, 4, 32, 0)  # the last number of tokens that is multiplied unpacked
+@example(4, 9, 5, 4, 32, 0)  # and the first that is not
 def test_quant_matmul_and_its_gradients_are_those_of_the_plain_path(bits, tokens, rows, groups, group_size, seed):
     x, q = case(seed, tokens, rows, groups, group_size, bits)
     results = []
