@@ -76,7 +76,7 @@ def compare(what, contenders, turns, device, least, parts=1):
     first, rows = next(iter(seconds.values())), []
     for name in contenders:
         if name not in seconds:
-            print(f"  {name:44} left out: not installed")
+            print(f"  {name:44} left out: what it needs is not installed")
             continue
         ratios = [a / b for a, b in zip(seconds[name], first)]
         row = {"what": what, "name": name, "milliseconds": 1e3 * statistics.median(seconds[name]) / parts,
@@ -124,8 +124,23 @@ def peak_memory(run, device):
     return status("VmHWM") - before
 
 
+@functools.cache
+def can_compile():
+    """Whether torch.compile works here, which takes a C++ compiler."""
+    quant.USE_COMPILER = True
+    quant.dense(torch.zeros(1, 32, dtype=torch.uint8), torch.ones(1, 2), torch.zeros(1, 2), 4, 64, torch.float32)
+    works, quant.USE_COMPILER = quant.USE_COMPILER, False
+    return works
+
+
 def compiled(run):
-    """`run` with what a long run on a CPU comes to use (see `quant.dense`); all others here take the plain path."""
+    """`run` with what a long run on a CPU comes to use (see `quant.dense`); all others here take the plain path.
+
+    None without a compiler.
+    """
+    if not can_compile():
+        return None
+
     def now():
         quant.USE_COMPILER = True
         run()
@@ -279,7 +294,8 @@ def growth(turns, values, facts, dtype, device):
             now = {**usual, name: value}
             models = {"dense, LoRA": dense, "packed, QA-LoRA": model_of(now["group size"])}
             blocks = {kind: adapted(model, now["layers"], now["rank"]) for kind, model in models.items()}
-            steps = {kind: compiled(training_step(b, NARROW, now["tokens"], dtype, device)) for kind, b in blocks.items()}
+            steps = {kind: training_step(b, NARROW, now["tokens"], dtype, device) for kind, b in blocks.items()}
+            steps = {kind: compiled(step) or step for kind, step in steps.items()}
             least = step_floors(facts, dtype, blocks["packed, QA-LoRA"], now["tokens"])
             for row in compare(f"step on width 1024, {name} {value}", steps, turns, device, least):
                 rows.append({**row, "axis": name, "value": value})

@@ -32,9 +32,12 @@ def new_file(text):
     path = pathlib.Path(text)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the file to write, such as {path / 'NAME'}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
-        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e.strerror}); choose another place") from e
 
 
 def run_command(main, relief="close other programs, or choose a smaller model"):
@@ -113,7 +116,8 @@ def written_whole(path):
         else:
             os.replace(beside, path)
     except OSError as e:  # a full disk's error does not say which file did not fit
-        e.filename = e.filename or str(named)
+        if e.filename is None or beside.name in str(e.filename):
+            e.filename = str(named)
         raise
     finally:
         _remove(beside)

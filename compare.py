@@ -19,6 +19,7 @@ used before, hardly noticed 2 bits.) In groups of 8 the adapters see 16 pooled i
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -258,8 +259,7 @@ def run_all(pool, r, jobs, rates):
 
 def compare(r, seeds, workers):
     """Runs everything; returns what the results' file holds."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=prepare_worker) as pool:
+    with pool_of(workers) as pool:
         list(pool.map(base_folder, [r] * (1 + len(seeds)), [CHOOSING_SEED, *seeds]))
         jobs = [job._replace(lr=lr) for job in main_jobs(r, CHOOSING_SEED) for lr in r["rates"]]
         validation = run_all(pool, r, jobs, None)
@@ -271,6 +271,20 @@ def compare(r, seeds, workers):
         rows = run_all(pool, r, jobs, rates)
     rows.sort(key=order([row for row in rows if row["method"] == "base"] + validation + rows))
     return {"settings": r, "seeds": seeds, "rates": rates, "validation": validation, "rows": rows}
+
+
+@contextlib.contextmanager
+def pool_of(workers):
+    """A pool of processes that an exception, such as Ctrl-C, ends at once; by itself it would finish what is queued."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=prepare_worker) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def order(rows):
@@ -290,7 +304,8 @@ def plot(path):
     As points above LoRA on the same base; the ablations are left out.
     """
     rows = read_json(path).get("rows")
-    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) and "row" in row for row in rows)):
+    needed = {"row", "seed", *MEASURED}
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) and needed <= row.keys() for row in rows)):
         raise UserError(f"{path} holds no results of compare.py")
     print(table(rows) + "\n\n" + differences(rows))
     try:
@@ -323,6 +338,8 @@ def main():
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="only print and draw a results' file")
     args = parser.parse_args()
     if args.plot:
+        if args.quick or args.seeds or args.out:
+            parser.error("--plot draws a file that is there; --quick, --seeds and --out would make another")
         return plot(args.plot)
     out = args.out or new_file(f"runs/compare{'-quick' if args.quick else ''}.json")
     seeds = list(range(1, 1 + (args.seeds or (1 if args.quick else 3))))

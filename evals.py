@@ -263,7 +263,7 @@ def read_json_lines(path, check):
                 json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair raises a kind of ValueError
                 items.append(check(record))
             except (ValueError, RecursionError) as e:
-                raise UserError(f"{path}, line {number}: {e}; correct or remove this line") from None
+                raise UserError(f"{path}, line {number}: {getattr(e, 'msg', e)}; correct or remove this line") from None
     if not items:
         raise UserError(f"{path} holds no questions; give one JSON object a line")
     return items

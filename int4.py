@@ -19,12 +19,13 @@ FEW_TOKENS = 128  # the kernel takes as long for each as for one; for more, unpa
 def prepare_inference(model):
     """Repacks a model's QuantLinears for PyTorch's int4 kernel, in place; returns the model, to be used only, not saved.
 
+    Adapters must have been merged before. A layer is let go once it is repacked.
     The kernel is for CPUs and groups of 32, 64, 128 or 256; a layer it does not take stays as it is. Codes of 2 and 3
     bits take 4 there.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantLinear) and Int4Linear.takes(m)]
-    for name, layer in tqdm(layers, "repacking for decoding", unit="layer", delay=2):  # a bar where it takes longer
-        model.set_submodule(name, Int4Linear(layer))
+    names = [name for name, m in model.named_modules() if isinstance(m, QuantLinear) and Int4Linear.takes(m)]
+    for name in tqdm(names, "repacking for decoding", unit="layer", delay=2):  # a bar where it takes longer
+        model.set_submodule(name, Int4Linear(model.get_submodule(name)))
     return model
 
 

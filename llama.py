@@ -608,4 +608,4 @@ def check_device(device):
     try:
         torch.zeros(1, device=device).item()  # meta allocates, but holds no numbers
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from None
+        raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}; try --device cpu") from None

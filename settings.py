@@ -61,6 +61,9 @@ def read_settings(description):
     say("--fresh", action="store_true", help="also make anew what is otherwise kept: the tiny model and the quantized base")
     say("--plot", action="store_true", help="draw the loss curve to loss.png in the run's folder (needs matplotlib)")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    for name, value in given.items():
+        if value == "":  # such as an unset variable of the shell
+            raise UserError(f"--{name.replace('_', '-')} is empty; give it a value or leave it out")
     now = {name: given.pop(name) for name in ("resume", "fresh", "plot")}  # what this start is to do, not the run
     if now["resume"] and now["fresh"]:
         raise UserError("--resume goes on with what --fresh would make anew; leave out one of them")
@@ -111,8 +114,6 @@ def quantized_already(weights):
 
 def recipe(given):
     """The defaults: for real weights those of the paper (section 4.1), with its lower learning rate above 13b."""
-    if given.get("weights") == "":
-        raise UserError("--weights is empty; name a folder or a file")
     model = given.get("model") or (None if "weights" in given else "tiny")
     if model not in (None, *CONFIGS):
         raise UserError(f"unknown --model {model}; choose one of {', '.join(CONFIGS)}")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import bench
-from llama import CONFIGS, compute_dtype
-from quant import dequantize, quantize_gptq
+import quant
+from llama import CONFIGS, Llama, compute_dtype
+from quant import dequantize, quantize_gptq, quantize_model
 
 
 def test_contenders_take_turns_and_the_first_turn_does_not_count(monkeypatch):
@@ -38,7 +39,7 @@ def test_ratios_are_of_the_same_turn_and_who_is_missing_is_told(monkeypatch, cap
                        "ratio": 2, "from": 1, "to": 3}
     printed = capsys.readouterr().out
     assert "racing (floors: arithmetic 2 ms, memory 4 ms)" in printed
-    assert "c  " in printed.split("left out: not installed")[0].splitlines()[-1]
+    assert "c  " in printed.split("left out: what it needs is not installed")[0].splitlines()[-1]
 
 
 @pytest.mark.parametrize("bits,group_size", [(4, 32), (2, 16), (3, 64)])
@@ -59,6 +60,30 @@ def test_peak_memory_is_that_of_what_is_held_at_once():
     again = bench.peak_memory(lambda: ones(small), "cpu")
     assert large + small <= peak + 2 ** 22 and peak < 1.5 * large
     assert small / 2 < again < 2 * small
+
+
+def test_a_compiled_contender_compiles_and_is_left_out_where_that_cannot_be(monkeypatch):
+    seen = []
+    bench.can_compile.cache_clear()
+    bench.compiled(lambda: seen.append(quant.USE_COMPILER))()
+    assert seen == [True] and quant.USE_COMPILER is False
+
+    def broken():
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(quant, "_compiled", broken)
+    bench.can_compile.cache_clear()
+    assert bench.compiled(print) is None
+    bench.can_compile.cache_clear()
+
+
+def test_a_training_step_changes_the_adapters_and_nothing_else():
+    config = dataclasses.replace(CONFIGS["tiny"], num_hidden_layers=1)
+    blocks = bench.adapted(quantize_model(Llama(config), 4, 32))
+    before = {name: t.clone() for name, t in blocks.state_dict().items()}
+    bench.training_step(blocks, config, 8, torch.float32, "cpu")()
+    changed = {name for name, t in blocks.state_dict().items() if not torch.equal(t, before[name])}
+    assert {name for name in before if "lora_B" in name} <= changed and all("lora" in name for name in changed)
 
 
 def test_everything_is_measured_and_written(monkeypatch, tmp_path, capsys):

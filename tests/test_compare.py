@@ -5,6 +5,7 @@ import json
 import random
 import statistics
 import sys
+import time
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,14 @@ SMALL = compare.FULL | dict(
     model=compare.FULL["model"] | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1),
     people=24, pretraining=compare.FULL["pretraining"] | dict(steps=3), steps=1, batch_size=4, group_size=8, group_sizes=[8, 16], bits=[3, 2],
     rates=[1e-3, 1e-2])
+
+
+def test_ctrl_c_does_not_wait_for_the_jobs_that_are_queued():
+    jobs = []
+    with pytest.raises(KeyboardInterrupt), compare.pool_of(1) as pool:
+        jobs += [pool.submit(time.sleep, 20) for _ in range(4)]
+        raise KeyboardInterrupt
+    assert not any(job.done() and not job.cancelled() and job.exception() is None for job in jobs)
 
 
 @pytest.fixture(scope="module")

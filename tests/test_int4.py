@@ -1,6 +1,8 @@
 """int4.py: the layers repacked for PyTorch's int4 kernel multiply by the same weights, as exactly as bfloat16 can."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -48,6 +50,15 @@ def test_a_prepared_layer_errs_by_bfloat16s_rounding_of_scale_and_middle_weight(
     x = normal(1, tokens, 1024).float()
     exact = x @ layer.dequantize().t()
     assert (int4.prepare_inference(nn.Sequential(layer))(x) - exact).norm() < 0.004 * exact.norm()
+
+
+def test_a_layer_is_let_go_once_it_is_repacked():
+    layer, _ = int4_case(0, int4.int4_interleaving(), 2, 32)
+    model, original = nn.Sequential(layer), weakref.ref(layer.packed)
+    del layer
+    int4.prepare_inference(model)
+    gc.collect()
+    assert original() is None
 
 
 @pytest.mark.parametrize("rows, group_size", [(48, 32), (64, 16), (64, 48)])

@@ -458,6 +458,16 @@ def test_metas_config_has_its_own_defaults(tmp_path):
     assert (config.vocab_size, config.intermediate_size) == (24, 12)
 
 
+def test_metas_file_of_a_known_size_gets_the_context_that_it_does_not_tell(tmp_path, monkeypatch):
+    model = random_model(dataclasses.replace(SMALL, num_key_value_heads=4, rms_norm_eps=1e-5))
+    write_checkpoint(tmp_path, model, "meta2", vocab_size=-1)
+    assert read_config(tmp_path).max_position_embeddings == 2048
+    known = dataclasses.replace(model.config, max_position_embeddings=4096)
+    monkeypatch.setitem(llama.CONFIGS, "other", dataclasses.replace(known, rms_norm_eps=1e-6, max_position_embeddings=1))
+    monkeypatch.setitem(llama.CONFIGS, "known", known)
+    assert read_config(tmp_path) == known
+
+
 @pytest.mark.parametrize("name, value", [
     ("rope_scaling", {"type": "linear", "factor": 2.0}), ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
     ("rope_scaling", "linear"), ("rope_scaling", {"factor": 2.0}), ("rope_parameters", {"rope_type": "yarn"}),

@@ -230,7 +230,7 @@ def test_what_other_programs_leave_in_a_base_does_not_make_it_another(run):
     (lambda run: (run / "run.json").unlink(), "no run of train.py"),
     (lambda run: shutil.rmtree(run), "no run of train.py"),
     (lambda run: shutil.rmtree(run / "adapter"), "no finished adapter"),
-    (lambda run: shutil.rmtree(run / "base"), "base"),
+    (lambda run: shutil.rmtree(run / "base"), "base, the model that the adapter was trained over, is missing"),
     (another_base, "trained over the base"),
     (the_weights_of_another_base, "trained over the base"),
     (lambda run: (run / "base" / "model.safetensors").unlink(), "base/model.safetensors"),

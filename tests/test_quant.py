@@ -511,6 +511,24 @@ def test_backward_keeps_codes_and_pooled_inputs_but_no_dense_weight_and_not_the_
     assert y.requires_grad and still_there() is None, "the input is kept by other means"
 
 
+def test_no_dense_piece_is_kept_beside_the_next_or_after_the_matmul(monkeypatch):
+    made, honest = [], quant.dense
+
+    def listening(*arguments):
+        assert all(piece() is None for piece in made)
+        w = honest(*arguments)
+        made.append(weakref.ref(w))
+        return w
+
+    monkeypatch.setattr(quant, "dense", listening)
+    monkeypatch.setattr(quant, "DENSE_AT_A_TIME", 2 ** 15)
+    q, x = random_quantized(0, 128, 8, 32, 4), normal(0, 64, 256).float().requires_grad_()
+    y = quant_matmul(x, pack(q.codes, 4), q.scale, q.offset, 4)
+    assert len(made) == 4 and all(piece() is None for piece in made)
+    y.sum().backward()
+    assert len(made) == 8 and all(piece() is None for piece in made)
+
+
 def test_autocast_changes_nothing():
     q, x = random_quantized(0, 8, 2, 16, 4), normal(0, 4, 32).float()
     with torch.autocast("cpu", torch.bfloat16):

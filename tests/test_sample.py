@@ -1,5 +1,6 @@
 """What sample.py promises: text that arrives whole and at once, from every kind of folder."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -12,6 +13,7 @@ import torch
 from hypothesis import example, given
 
 import data
+import int4
 import llama
 import merge
 import qalora
@@ -29,9 +31,9 @@ def tokenizer(tmp_path_factory):
     return data.train_tokenizer([WORDS], tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 300)
 
 
-def random_llama():
+def random_llama(config=CONFIG):
     torch.manual_seed(0)
-    model = llama.Llama(CONFIG)
+    model = llama.Llama(config)
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4)
@@ -145,14 +147,14 @@ def command(monkeypatch, capsys, *arguments):
     return status, *capsys.readouterr()
 
 
-def make_folder(kind, path, tokenizer):
+def make_folder(kind, path, tokenizer, config=CONFIG, group_size=8):
     """A float, quantized or merged model folder, or a run, at `path`."""
-    model, home = random_llama(), path / "base" if kind in ("run", "merged") else path
+    model, home = random_llama(config), path / "base" if kind in ("run", "merged") else path
     home.mkdir(parents=True)
     (home / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
     if kind == "float":
         return llama.save_pretrained(model, home)
-    quant.save_quantized(quant.quantize_model(model, 4, 8), home)
+    quant.save_quantized(quant.quantize_model(model, 4, group_size), home)
     if kind == "quantized":
         return
     qalora.add_adapters(model, rank=2, alpha=16)
@@ -177,6 +179,19 @@ def test_every_kind_of_folder_is_sampled_from(tokenizer, tmp_path, monkeypatch, 
         assert out == sampled(model, tokenizer, "Once upon a", echo=True, max_new_tokens=30) + "\n"
         texts[kind] = out
     assert texts["run"] == texts["merged"] and len(set(texts.values())) == 3, texts
+
+
+@pytest.mark.parametrize("kind", ["quantized", "run"])
+def test_groups_of_32_are_decoded_by_the_int4_kernel_but_loaded_as_they_are(tokenizer, tmp_path, monkeypatch, capsys, kind):
+    folder, config = tmp_path / "model", dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=64)
+    make_folder(kind, folder, tokenizer, config, 32)
+    called, forward = [], int4.Int4Linear.forward
+    monkeypatch.setattr(int4.Int4Linear, "forward", lambda self, x: called.append(x.shape) or forward(self, x))
+    model, _ = sample.load(folder, "cpu")
+    model(torch.tensor([[1, 2]]))
+    assert not called
+    status, *_ = command(monkeypatch, capsys, folder, "--prompt", "Once", "--max-new-tokens", 3)
+    assert status == 0 and len(called) == 3 * 7 * CONFIG.num_hidden_layers
 
 
 def test_an_instruction_goes_into_alpacas_template_and_only_the_response_is_shown(tokenizer, tmp_path, monkeypatch):

@@ -420,6 +420,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     assert len(metrics(out)) == 3
 
 
+def test_a_copy_of_a_checkpoint_is_the_users_own(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.copytree(out / "step-6", out / "step-6.bak")
+    run(tmp_path / "log", ["--resume", "--out", str(out), "--steps", "8"])
+    assert sorted(folder.name for folder in out.glob("step-*")) == ["step-6.bak", "step-8"]
+
+
+@pytest.mark.parametrize("weights, model, expected", [
+    ("w/TinyLlama-1.1B-v1.0", None, "runs/TinyLlama-1.1B-v1.0"), ("w/model.gguf", None, "runs/model"),
+    ("w/any", "7b", "runs/7b"), (None, "13b", "runs/13b"), (None, None, "runs/tiny")])
+def test_resuming_looks_where_the_start_has_written(tmp_path, monkeypatch, weights, model, expected):
+    monkeypatch.chdir(tmp_path)
+    words = [word for name, value in (("--weights", weights), ("--model", model)) if value for word in (name, value)]
+    assert f"there is no {expected}/run.json" in refusal(monkeypatch, "--resume", *words)
+
+
+def test_a_variable_that_only_looks_like_torchruns_changes_nothing(world, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    run(tmp_path / "log", options(world, tmp_path / "run"))
+    assert adapter(tmp_path / "run") == adapter(whole)
+
+
 def test_resuming_refuses_what_would_be_another_run(world, whole, tmp_path, monkeypatch):
     assert "nothing to resume" in refusal(monkeypatch, "--resume", "--out", tmp_path)
     assert "--lr 0.5 contradicts" in refusal(monkeypatch, "--resume", "--out", whole, "--lr", 0.5)

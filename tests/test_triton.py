@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -109,6 +110,38 @@ def test_without_being_forced_a_cpu_takes_the_plain_path(monkeypatch):
     for switch in (None, False):
         monkeypatch.setattr(quant, "USE_TRITON", switch)
         assert quant.triton_for(torch.zeros(1, dtype=torch.bfloat16)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_a_gpu_takes_them_where_it_has_bfloat16_and_computes_in_16_bits(monkeypatch, dtype, capability):
+    monkeypatch.setattr(quant, "USE_TRITON", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = types.SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
+    assert quant.triton_for(x) is (triton_kernels if capability >= (8, 0) and dtype != torch.float32 else None)
+
+
+def test_without_triton_the_plain_path_is_taken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton_kernels", None)
+    quant._triton_kernels.cache_clear()
+    try:
+        assert quant.triton_for(torch.zeros(1)) is None
+    finally:
+        quant._triton_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("tokens, group_size, expected", [(1, 32, ["multiply", "dense"]), (40, 32, ["dense", "dense"]),
+                                                          (1, 33, ["dense", "dense"])])
+def test_few_tokens_are_multiplied_unpacked_and_gradients_by_a_dense_matrix(monkeypatch, tokens, group_size, expected):
+    called = []
+    for name in ("multiply", "dense"):
+        def listening(*arguments, name=name, kernel=getattr(triton_kernels, name)):
+            called.append(name)
+            return kernel(*arguments)
+        monkeypatch.setattr(triton_kernels, name, listening)
+    x, q = case(0, tokens, 4, 2, group_size, 4)
+    quant_matmul(x.requires_grad_(), pack(q.codes, 4), q.scale, q.offset, 4).sum().backward()
+    assert called == expected
 
 
 COMPILE = """
