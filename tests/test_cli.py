@@ -237,3 +237,7 @@ def test_the_folder_one_is_in_can_be_written(tmp_path, monkeypatch):
         beside.mkdir()
         (beside / "file").write_text("new")
     assert (tmp_path / "file").read_text() == "new"
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_the_work(capsys):
+    assert ending(capsys, lambda: new_file("/proc/file"))[0] == 2

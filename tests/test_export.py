@@ -4,6 +4,7 @@ The oracles share no code with export.py: the gguf package's reader and `dequant
 tokenizer that know nothing but the file. llama.cpp itself reads such files in check_llamacpp.py, run by a person.
 """
 
+import json
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import data
 import export
 import merge
+import train
 from cli import UserError
 from llama import Llama, LlamaConfig, save_pretrained
 from merge import fingerprint, load_model
@@ -631,3 +633,25 @@ def test_without_the_gguf_package_one_line_names_it(folder_of, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="pip install gguf"):
         export.export(folder_of(), tmp_path / "m.gguf")
+
+
+def test_train_py_starts_from_a_gguf_file_and_again_from_what_became_of_it(tmp_path, tokenizer_file, run):
+    quantize_file(tmp_path / "in.gguf", CONFIG, data.load_tokenizer(tokenizer_file))
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS * 4))
+    words = ["--data", tmp_path / "data.jsonl", "--steps", 2, "--batch-size", 2, "--rank", 2, "--lr", 0.01]
+    first = ["--weights", tmp_path / "in.gguf", "--out", tmp_path / "run0"]
+    with pytest.raises(UserError, match="in.gguf needs --tokenizer"):
+        run(train, *first, *words)
+    run(train, *first, "--tokenizer", tokenizer_file, *words)
+    run(merge, tmp_path / "run0", "--out", tmp_path / "merged")
+    run(train, "--weights", tmp_path / "merged", "--out", tmp_path / "run1", *words)
+    run(export, tmp_path / "run1", "--out", tmp_path / "out.gguf")
+    before, after = FromFile(tmp_path / "in.gguf"), FromFile(tmp_path / "out.gguf")
+    assert after.metadata == before.metadata
+    for name, tensor in before.tensors.items():
+        if name.startswith("blk.") and "norm" not in name:
+            old, new = (np.frombuffer(raw[name], np.uint8).reshape(-1, 20) for raw in (before.raw, after.raw))
+            assert np.array_equal(np.delete(old, [2, 3], 1), np.delete(new, [2, 3], 1)), name
+            assert not np.array_equal(old, new), name
+        else:
+            assert after.raw[name] == before.raw[name], name

@@ -718,3 +718,35 @@ def test_a_tensor_is_read_only_when_its_function_is_called(tmp_path):
     assert weights["model.layers.0.mlp.up_proj.weight"]().isfinite().all()
     with pytest.raises(UserError, match="tensor model.layers.1.mlp.up_proj.weight has NaN"):
         weights["model.layers.1.mlp.up_proj.weight"]()
+
+
+def test_metas_config_may_say_more_than_the_sizes(tmp_path):
+    """As LLaMA-2-70B's does."""
+    write_checkpoint(tmp_path, random_model(SMALL), "meta1", ffn_dim_multiplier=1.3, max_batch_size=32, max_seq_len=64,
+                     rope_theta=None)
+    assert read_config(tmp_path) == SMALL
+
+
+@pytest.mark.parametrize("fields, attribute, value", [
+    ({"architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1}, "bos_token_id", 0),
+    ({"architectures": None, "attention_bias": None, "mlp_bias": None}, "hidden_size", 16),
+    ({"rope_scaling": {"type": "default"}}, "rope_theta", 10000.0),
+    ({"rope_scaling": {"rope_type": "default"}}, "rope_theta", 10000.0)])
+def test_more_configs_old_and_new_are_read(tmp_path, fields, attribute, value):
+    write_hf(tmp_path, {"a": torch.ones(1)}, SMALL, **fields)
+    assert getattr(read_config(tmp_path), attribute) == value
+
+
+def test_float64_is_read_and_hidden_files_are_no_weights(tmp_path):
+    model = random_model(SMALL).double()
+    write_checkpoint(tmp_path, model, "one.safetensors")
+    (tmp_path / "._model.safetensors").write_bytes(b"macOS")
+    assert all(map(torch.equal, load_pretrained(tmp_path).parameters(), model.parameters()))
+    assert [f.name for f in llama.weight_files(tmp_path)] == ["model.safetensors"]
+
+
+def test_a_model_that_was_trained_with_checkpointing_generates():
+    model, tokens = random_model(SMALL), random_tokens(SMALL, 2, 3)
+    expected = generate(model, tokens, 4)
+    model.model.checkpointing = True
+    assert torch.equal(generate(model, tokens, 4), expected)

@@ -809,3 +809,20 @@ def test_a_float_model_or_an_empty_folder_is_no_quantized_model(tmp_path):
     with pytest.raises(UserError, match="no quantized model"):
         load_quantized(tmp_path)
     assert quant.quantization_of(tmp_path) is None
+
+
+def test_where_rows_are_padded_nothing_is_compiled(monkeypatch):
+    q, x = random_quantized(0, 24, 8, 3, 4), normal(0, 7, 24).float()
+    expected = quant_matmul(x, pack(q.codes, 4), q.scale, q.offset, 4)
+    monkeypatch.setattr(quant, "USE_COMPILER", True)
+    assert same([quant_matmul(x, pack(q.codes, 4), q.scale, q.offset, 4)], [expected])
+
+
+def test_search_is_the_default_of_a_model_and_can_be_left_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr(quant, "quantize_gptq", lambda w, hessian, bits, group_size, search: (
+        asked.append((search, hessian.dtype)), quantize_rtn(w, bits, group_size))[1])
+    for more, expected in ((dict(), True), (dict(search=False), False)):
+        asked.clear()
+        quantize_model(random_llama().bfloat16(), 4, 8, TOKENS, **more)
+        assert asked == [(expected, torch.float32)] * 7 * SMALL.num_hidden_layers

@@ -210,6 +210,8 @@ def test_an_instruction_goes_into_alpacas_template_and_only_the_response_is_show
     (["--prompt", "a", "--input", "b"], "--input belongs to --instruction"),
     (["--prompt", "a", "--temperature", "-1"], "--temperature at least 0"),
     (["--prompt", "a", "--temperature", "nan"], "--temperature at least 0"),
+    (["--prompt", "a", "--temperature", "inf"], "--temperature"), (["--prompt", "a", "--seed", str(2 ** 63)], "--seed"),
+    (["--instruction", ""], "is no folder"),
     (["--prompt", "a\udcff"], "not UTF-8"),
     (["--prompt", "a", "--top-p", "0"], "--top-p above 0"), (["--prompt", "a", "--top-p", "1.1"], "at most 1"),
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
@@ -228,3 +230,21 @@ def test_the_script_streams_to_a_reader_that_leaves_early(tokenizer, tmp_path):
     process.stdout.close()
     assert process.stderr.read() == b""
     process.wait()
+
+
+def test_the_commands_options_reach_what_samples(tokenizer, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, "sample", lambda *_, **options: asked.append(options))
+    monkeypatch.setattr(sample, "prepare_inference", lambda model: asked.append("prepared"))
+    make_folder("float", tmp_path / "model", tokenizer)
+    words = "--prompt Play. --max-new-tokens 7 --temperature 0.5 --top-p 0.9 --seed 3".split()
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(tmp_path / "model"), *words])
+    sample.main()
+    assert asked == ["prepared", dict(echo=True, max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3)]
+
+
+@pytest.mark.parametrize("length", [160, 161])
+def test_a_prompt_that_just_fills_the_context_is_refused(tokenizer, monkeypatch, length):
+    monkeypatch.setattr(sample, "encode_prompt", lambda tokenizer, prompt: [1] * length)
+    with pytest.raises(UserError, match=f"{length} tokens and fills the model's context of 160"):
+        sampled(random_llama(), tokenizer, "")

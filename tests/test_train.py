@@ -24,12 +24,14 @@ import threading
 import time
 
 import hypothesis.strategies as st
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from tqdm import tqdm
 
 import data
+import evals
 import llama
 import merge
 import qalora
@@ -420,6 +422,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     assert len(metrics(out)) == 3
 
 
+def test_the_newest_checkpoint_is_that_of_the_highest_number(tmp_path):
+    for step in (900, 1000):
+        (tmp_path / f"step-{step}").mkdir()
+    assert train.newest_checkpoint(tmp_path).name == "step-1000"
+
+
 def test_a_copy_of_a_checkpoint_is_the_users_own(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -796,9 +804,11 @@ def test_the_loss_is_the_mean_over_the_batchs_response_tokens(world, whole):
 
 
 def test_training_is_adamw_at_a_constant_rate_on_gradients_cut_to_clip(world, tmp_path):
-    run(tmp_path / "log", options(world, tmp_path / "run", lr=0.004, clip=0.05, checkpointing=0))
+    run(tmp_path / "log", options(world, tmp_path / "run", lr=0.004, clip=0.05, checkpointing=0, seed=2))
     s = json.loads((tmp_path / "run" / "run.json").read_text())
-    examples, _ = train.make_examples(s, *data.read_records(s["data"]), data.load_tokenizer(tmp_path / "run"), print)
+    examples, other = (train.make_examples(s | {"seed": seed}, *data.read_records(s["data"]),
+                                           data.load_tokenizer(tmp_path / "run"), print)[0] for seed in (2, 3))
+    assert [e.tokens.tolist() for e in examples] != [e.tokens.tolist() for e in other]
     torch.manual_seed(s["seed"])
     model = qalora.add_adapters(quant.load_quantized(tmp_path / "run" / "base", torch.float32), 4, 16.0)
     parameters = list(qalora.adapter_parameters(model).values())
@@ -911,6 +921,204 @@ def test_the_default_for_real_sizes_is_the_papers_recipe(world, tmp_path, monkey
         recipe = dict(method="qalora", bits=4, group_size=32, quantizer="gptq", rank=64, alpha=16, lr=lr, clip=0.3,
                       batch_size=16, steps=10_000, targets=",".join(llama.LINEARS), checkpointing=1)
         assert {name: found[name] for name in recipe} == recipe
+
+
+# ---- what is not said, what is passed on, and what is called equal
+
+def read(monkeypatch, *words):
+    """The settings of a command line."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    return options_of_train.read_settings("")
+
+
+def test_what_is_not_said_is_as_the_help_says(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llama.write_config(llama.CONFIGS["7b"], tmp_path / "llama.7b")
+    shutil.copy(world / "weights" / "tokenizer.model", tmp_path / "llama.7b")
+    words = ["--weights", tmp_path / "llama.7b", "--data", world / "records.json"]
+    expected = dict(max_length=512, micro_batch_size=4, save_every=100, calibration_tokens=128 * 2048, seed=0)
+    found = read(monkeypatch, *words)
+    assert {name: found[name] for name in expected} == expected
+    assert read(monkeypatch, *words, "--model", "7b")["out"] == "runs/7b"
+
+
+def test_records_are_cut_to_the_context_of_a_model_that_has_less_than_512_tokens(world, tmp_path, monkeypatch):
+    assert read(monkeypatch, *options(world, tmp_path / "run", max_length=None))["max_length"] == 256
+
+
+def test_weights_that_are_quantized_tell_their_bits_and_group_size(world, tmp_path, monkeypatch):
+    weights = shutil.copytree(world / "weights", tmp_path / "merged")
+    quant.save_quantized(quant.quantize_model(llama.load_pretrained(weights), 3, 16), weights)
+    found = read(monkeypatch, *options(world, tmp_path / "run", weights=weights))
+    assert (found["bits"], found["group_size"]) == (3, 16)
+    for wrong in (dict(bits=4), dict(group_size=32), dict(method="lora", quantizer=None)):
+        message = refusal(monkeypatch, *options(world, tmp_path / "run", weights=weights, **wrong))
+        assert "is quantized already, to 3 bits in groups of 16" in message
+
+
+@pytest.mark.parametrize("changed", [dict(hidden_size=8192), dict(num_hidden_layers=31), dict(intermediate_size=11040),
+                                     dict(num_attention_heads=64), dict(num_key_value_heads=8)])
+def test_every_size_that_contradicts_the_files_is_refused(world, tmp_path, monkeypatch, changed):
+    (name, value), = changed.items()
+    llama.write_config(dataclasses.replace(llama.CONFIGS["7b"], **changed), tmp_path)
+    message = refusal(monkeypatch, *options(world, tmp_path / "run", weights=tmp_path, model="7b"))
+    assert f"--model 7b has {name} {getattr(llama.CONFIGS['7b'], name)}" in message and f"has {value};" in message
+
+
+def test_files_that_have_moved_are_named_anew_on_resuming(world, tmp_path):
+    here, there, out = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    shutil.copytree(world / "weights", here)
+    (here / "tokenizer.model").rename(here / "spelling.model")
+    (here / "calibration.txt").write_text(ENGLISH)
+    named = lambda at: dict(weights=at, tokenizer=at / "spelling.model", calibration=at / "calibration.txt")
+    words = dict(quantizer="gptq", calibration_tokens=512)
+    run(tmp_path / "log", options(world, out, steps=2, **words, **named(here)))
+    here.rename(there)
+    settings = (out / "run.json").read_text()
+    (out / "run.json").write_text(settings.replace('"device": "cpu"', '"device": "cuda"'))
+    moved = [word for name, path in named(there).items() for word in (f"--{name}", str(path))]
+    run(tmp_path / "log", ["--resume", "--out", str(out), "--steps", "4", "--device", "cpu", *moved])
+    run(tmp_path / "log", options(world, tmp_path / "whole", steps=4, **words, **named(there)))
+    assert adapter(out) == adapter(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_baselines_take_widths_that_no_group_divides(world, tmp_path, method):
+    save_random(tmp_path / "weights", config=dataclasses.replace(CONFIG, intermediate_size=88))
+    shutil.copy(world / "weights" / "tokenizer.model", tmp_path / "weights")
+    run(tmp_path / "log", options(world, tmp_path / "run", weights=tmp_path / "weights", method=method, quantizer=None,
+                                  steps=1))
+
+
+@pytest.mark.parametrize("targets", [None, "q_proj,v_proj"])
+def test_a_run_needs_the_room_that_its_base_and_its_checkpoints_take(world, tmp_path, monkeypatch, targets):
+    save_random(tmp_path / "weights", config=dataclasses.replace(CONFIG, num_hidden_layers=8))
+    shutil.copy(world / "weights" / "tokenizer.model", tmp_path / "weights")
+    words = dict(weights=tmp_path / "weights", rank=32, steps=1, targets=targets)
+    run(tmp_path / "log", options(world, tmp_path / "run", **words))
+    names = "base/model.safetensors", "step-1/optimizer.pt"
+    base, checkpoint = ((tmp_path / "run" / name).stat().st_size for name in names)
+    need = base + 2 * 1.5 * checkpoint
+    for room, enough in ((0.9 * need, False), (1.1 * need, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 0, int(room)))
+        if enough:
+            run(tmp_path / "log", options(world, tmp_path / "again", **words))
+        else:
+            assert "more room" in refusal(monkeypatch, *options(world, tmp_path / "again", **words))
+
+
+def test_a_new_run_needs_no_room_for_the_checkpoint_that_it_replaces(world, whole, tmp_path, monkeypatch):
+    out = shutil.copytree(whole, tmp_path / "run")
+    one = sum(file.stat().st_size for file in (out / "step-6").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 0, int(1.3 * one)))
+    assert "is already made" in run(tmp_path / "log", options(world, out))
+
+
+def test_the_base_of_another_method_is_made_anew(world, tmp_path):
+    found = []
+    for method in ("lora", "qlora"):
+        run(tmp_path / "log", options(world, tmp_path / "run", method=method, quantizer=None, steps=1))
+        found.append((quant.quantization_of(tmp_path / "run" / "base") or {}).get("quantizer"))
+    assert found == [None, "nf4"]
+
+
+@pytest.mark.parametrize("method", ["qalora", "qlora", "lora"])
+def test_a_model_of_tied_embeddings_goes_the_whole_way(world, tmp_path, method):
+    save_random(tmp_path / "weights", config=dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    shutil.copy(world / "weights" / "tokenizer.model", tmp_path / "weights")
+    run(tmp_path / "log", options(world, tmp_path / "run", weights=tmp_path / "weights", method=method, quantizer=None,
+                                  steps=1, calibration_tokens=512))
+    model = merge.load_model(tmp_path / "run")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("method", ["qalora", "qlora", "lora"])
+def test_a_base_keeps_the_16_bits_that_its_embedding_came_in(world, tmp_path, method):
+    save_random(tmp_path / "weights", dtype=torch.float16)
+    shutil.copy(world / "weights" / "tokenizer.model", tmp_path / "weights")
+    run(tmp_path / "log", options(world, tmp_path / "run", weights=tmp_path / "weights", method=method, steps=1,
+                                  quantizer="gptq" if method == "qalora" else None, calibration_tokens=512))
+    stored, given = (llama.open_file(tmp_path / folder / "model.safetensors") for folder in ("run/base", "weights"))
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert stored[name].read().dtype == torch.float16 and torch.equal(stored[name].read(), given[name].read())
+
+
+def test_ten_records_are_enough_though_none_is_held_out(world, tmp_path):
+    (tmp_path / "ten.json").write_text(json.dumps(RECORDS[:10]))
+    run(tmp_path / "log", options(world, tmp_path / "run", data=tmp_path / "ten.json"))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["validation_examples"] == 0
+    assert metrics(tmp_path / "run", "validation_loss") == [(None,)] * 6
+
+
+def test_the_loss_of_16_bit_logits_is_computed_in_float32():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+            self.logits = torch.nn.Parameter(logits.bfloat16())
+
+        def forward(self, tokens_BT, keep_BT):
+            return self.logits
+
+    network, tokens = Network(), torch.arange(3, 10).numpy()
+    loss = train.accumulate_gradients(network, [data.Example(tokens, 2)], 1)
+    expected = torch.nn.functional.cross_entropy(network.logits.float(), torch.arange(5, 10))
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_equal_bits_are_found_only_where_all_bits_of_all_examples_are_equal():
+    model = torch.nn.Embedding(6, 4)
+    examples = [data.Example(numpy.array(tokens, numpy.uint16), 1) for tokens in ([1, 2], [3, 4], [5, 1])]
+    before = train.logits_digest(model, examples, 2)
+    assert train.logits_digest(model, examples, 2) == before
+    with torch.no_grad():
+        model.weight.view(torch.int32)[5, -1] += 1  # one unit in the last place, seen in the last batch only
+    assert train.logits_digest(model, examples, 2) != before
+
+
+def test_a_float_merge_is_not_said_to_be_bit_identical(world, tmp_path):
+    run(tmp_path / "log", options(world, tmp_path / "run", method="lora", quantizer=None))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["bit_identical"] is False
+
+
+def test_calibration_texts_are_drawn_from_all_records_whose_order_stays(world):
+    records, _ = data.read_records(world / "records.json")
+    before = list(records)
+    texts = train.calibration_texts({"calibration": None}, None, records)
+    assert records == before and texts != [f"{r.prompt} {r.response}".strip() for r in records]
+
+
+def test_at_most_200_examples_are_held_out(world):
+    tokenizer = data.load_tokenizer(world / "weights")
+    records, s = [data.Record("", "house")] * 4100, dict(max_length=40, seed=0)
+    found = train.make_examples(s, records, "text", tokenizer, lambda *_: None)
+    assert [len(examples) for examples in found] == [3900, 200]
+
+
+@pytest.mark.parametrize("count, context, shape", [(500, 256, (1, 256)), (1000, 256, (3, 256)), (100, 256, (1, 100)),
+                                                  (5000, 4096, (2, 2048))])
+def test_calibration_takes_as_many_tokens_as_asked_in_windows_of_2048_or_the_context(world, count, context, shape):
+    config = dataclasses.replace(CONFIG, max_position_embeddings=context)
+    windows = train.calibration_windows([ENGLISH] * 3, data.load_tokenizer(world / "weights"), config, count)
+    assert windows.shape == shape
+
+
+def test_the_default_run_scores_every_stage_and_says_whether_bits_are_equal(world, tmp_path, monkeypatch):
+    small, out = data.make_world(people=6), tmp_path / "run"
+    monkeypatch.setattr(train, "TOY_BASE", world / "weights")
+    monkeypatch.setattr(data, "make_world", lambda: small)
+    words = "--steps 20 --batch-size 4 --lr 0.01 --calibration-tokens 1000 --out".split()
+    text = run(tmp_path / "log", [*words, str(out)])
+    assert f"merged logits on all {len(small.test)} test questions: bit-identical to the adapted model's" in text
+    rows = json.loads((out / "results.json").read_text())["table"]
+    assert [row["model"] for row in rows] == ["base (float)", "base (INT4)", "adapted INT4", "merged INT4"]
+    bits = [row["bits_per_weight"] for row in rows]
+    assert bits == [32, 5.5, bits[2], 5.5] and bits[2] > 5.5
+    scores = [[row[name] for name in ("exact_match", "multiple_choice", "perplexity")] for row in rows]
+    assert scores[2] == scores[3] and len({score[2] for score in scores}) == 3, scores
+    tokenizer, model = data.load_tokenizer(world / "weights"), llama.load_pretrained(world / "weights")
+    stream = data.token_stream(small.heldout, tokenizer)
+    assert scores[0][2] == evals.perplexity(model, stream, 64, "", 64)
 
 
 # ---- several processes
