@@ -149,19 +149,21 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--workers", "0"], "--workers"), (["--seeds", "0"], "--seeds"), (["--seeds", "-1"], "--seeds"),
-    (["--out", "folder"], "folder is a folder"), (["--out", "results.json/file"], "results.json"),
-    (["--plot", "results.json"], "holds no results"), (["--plot", "folder/notes.txt"], "not valid JSON")])
+    ("--quick --workers 0", "--workers"), ("--quick --seeds 0", "--seeds"), ("--quick --seeds -1", "--seeds"),
+    ("--quick --out folder", "folder is a folder"), ("--quick --out results.json/file", "results.json"),
+    ("--plot results.json", "holds no results"), ("--plot folder/notes.txt", "not valid JSON"),
+    ("--plot folder/bench.json", "holds no results"), ("--plot results.json --quick", "would make another")])
 def test_a_wrong_option_is_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("mine")
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--quick", *words])
+    (tmp_path / "folder" / "bench.json").write_text('{"rows": [{"what": "GPTQ", "name": "ours"}]}')
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words.split()])
     with pytest.raises(SystemExit) as e:
         run_command(compare.main)
     assert e.value.code == 2 and said in capsys.readouterr().err
-    assert sorted(f.name for f in tmp_path.rglob("*")) == ["folder", "notes.txt", "results.json"]
+    assert sorted(f.name for f in tmp_path.rglob("*")) == ["bench.json", "folder", "notes.txt", "results.json"]
 
 
 def test_deployed_bits_are_codes_and_a_share_of_scale_and_offset(small):
