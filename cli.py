@@ -115,7 +115,7 @@ def written_whole(path):
             _remove(old)
         else:
             os.replace(beside, path)
-    except OSError as e:  # a full disk's error does not say which file did not fit
+    except OSError as e:  # a full disk's error names no file, and others one that the user has never heard of
         if e.filename is None or beside.name in str(e.filename):
             e.filename = str(named)
         raise
