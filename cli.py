@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import os
 import pathlib
 import shutil
@@ -48,6 +49,8 @@ def run_command(main, relief="close other programs, or choose a smaller model"):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed from the start: `python train.py >&-`
             setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal lacks is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             main()

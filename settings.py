@@ -138,6 +138,7 @@ def recipe(given):
 
 
 def default_out(model, weights):
+    """The run's folder where --out does not say it: named after the size, or else after the weights."""
     name = pathlib.Path(weights or "").resolve().name
     return f"runs/{model or name.removesuffix('.gguf')}"
 

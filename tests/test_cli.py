@@ -1,5 +1,6 @@
 """What every command promises: one line and exit status 2 for what goes wrong, and files that are whole or absent."""
 
+import io
 import os
 import pathlib
 import subprocess
@@ -21,6 +22,13 @@ def ending(capsys, main, *more):
     with pytest.raises(SystemExit) as stop:
         run_command(main, *more)
     return stop.value.code, capsys.readouterr().err
+
+
+def test_what_a_terminal_cannot_show_is_written_in_its_letters(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    run_command(lambda: print("25 ± 3 %"))
+    assert raw.getvalue() == b"25 \\xb1 3 %\n"
 
 
 def raises(error):
