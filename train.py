@@ -236,6 +236,13 @@ def adamw(parameters, s):
     return PagedAdamW32bit(parameters, lr=s["lr"], weight_decay=0.0)
 
 
+def page_again(optimizer):
+    """Puts the moments of a paged AdamW back where they can be paged: it loads a state to the GPU's own memory."""
+    for parameter, moments in optimizer.state.items():
+        for name in ("state1", "state2"):
+            moments[name] = optimizer.get_state_buffer(parameter).copy_(moments[name])
+
+
 def accumulate_gradients(network, batch, micro_batch_size):
     """Adds to the gradients those of a batch's loss; returns the loss, a mean over the batch's response tokens.
 
@@ -352,6 +359,8 @@ def load_checkpoint(s, model, optimizer):
     except Exception as e:  # a broken file can raise anything: the parser is not ours
         raise UserError(f"{folder}/optimizer.pt is missing or damaged ({type(e).__name__}); remove {folder} and start "
                         "without --resume") from e
+    if s["paged_optimizer"]:
+        page_again(optimizer)
     return step
 
 

@@ -105,12 +105,26 @@ def test_out_of_memory_on_the_gpu_says_what_to_lower(folder, tmp_path):
     assert "\nerror: out of memory; lower --micro-batch-size" in text and text.count("error") == 1, text
 
 
+PAGED_AGAIN = """
+import torch, train
+p = torch.nn.Parameter(torch.ones(1000, 200, device="cuda"))
+p.grad = torch.ones_like(p)
+before, after = (train.adamw([p], dict(paged_optimizer=1, lr=0.1)) for _ in range(2))
+before.step()
+after.load_state_dict(before.state_dict())
+train.page_again(after)
+moments = [(after.state[p][name], before.state[p][name]) for name in ("state1", "state2")]
+print([a.is_paged and b.is_paged and torch.equal(a.cpu(), b.cpu()) for a, b in moments])
+"""
+
+
 def test_a_paged_optimizer_trains_as_the_other_does_or_says_what_it_needs(folder, tmp_path):
     words = dict(device=DEVICE, paged_optimizer=1)
     if not importlib.util.find_spec("bitsandbytes"):
         _, text = python("train.py", *options(folder, tmp_path / "paged", **words), status=2)
         assert "pip install bitsandbytes" in text and text.count("error") == 1, text
         return
+    assert "[True, True]" in python("-c", PAGED_AGAIN)[0]
     python("train.py", *options(folder, tmp_path / "paged", steps=4, **words))
     python("train.py", "--resume", "--out", tmp_path / "paged", "--steps", 6)
     python("train.py", *options(folder, tmp_path / "plain", device=DEVICE))
