@@ -131,16 +131,17 @@ def recipe(given):
         settings["lr"] = 1e-5 if config.hidden_size > 5120 else settings["lr"]
         settings["max_length"] = min(settings["max_length"], config.max_position_embeddings)
     return dict(model=model, weights=weights, tokenizer=None, data=None, calibration=None, calibration_tokens=2 ** 18,
-                out=default_out(model, weights), targets=",".join(LINEARS),
+                out=default_out(given), targets=",".join(LINEARS),
                 checkpointing=int(bool(weights)), save_every=100, seed=0,
                 paged_optimizer=0,
                 device="cuda" if torch.cuda.is_available() else "cpu", **settings)
 
 
-def default_out(model, weights):
+def default_out(given):
     """The run's folder where --out does not say it: named after the size, or else after the weights."""
-    name = pathlib.Path(weights or "").resolve().name
-    return f"runs/{model or name.removesuffix('.gguf')}"
+    if "weights" in given and "model" not in given:
+        return f"runs/{pathlib.Path(given['weights']).resolve().name.removesuffix('.gguf')}"
+    return f"runs/{given.get('model', 'tiny')}"
 
 
 def resumed(given, parser):
@@ -149,8 +150,7 @@ def resumed(given, parser):
     The learning rate is constant, so more steps are more of the same. Files may have moved: train.py recognises the
     weights, the tokenizer and the examples by their contents.
     """
-    model = given.get("model") or (None if "weights" in given else "tiny")
-    path = pathlib.Path(given.get("out") or default_out(model, given.get("weights"))) / "run.json"
+    path = pathlib.Path(given.get("out") or default_out(given)) / "run.json"
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; start without --resume, or name the run with --out")
     try:
@@ -199,12 +199,12 @@ def check(s):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if s["batch_size"] % processes:
         raise UserError(f"--batch-size {s['batch_size']} cannot be shared by {processes} processes; use a multiple")
-    check_device(s["device"])
-    if s["device"] == "cuda":
+    if s["device"] == "cuda" and torch.cuda.is_available():
         gpu = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
         if gpu >= torch.cuda.device_count():
             raise UserError(f"process {gpu} has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
-        torch.cuda.set_device(gpu)  # which "cuda" means from here on
+        torch.cuda.set_device(gpu)  # which "cuda" means from here on, before anything is computed there
+    check_device(s["device"])
     if s["weights"] or s["tokenizer"]:
         spelling = s["tokenizer"] or s["weights"]
         pieces = data.load_tokenizer(spelling).vocab_size()
@@ -227,6 +227,11 @@ def check_weights(weights):
         (load_quantized if quantization_of(weights) else open_weights)(weights)
 
 
+def checkpoints(out):
+    """The folders step-N/, in the order of N. Others, such as a copy named step-4.bak, are the user's own."""
+    return sorted((f for f in out.glob("step-*") if f.name[5:].isdecimal()), key=lambda folder: int(folder.name[5:]))
+
+
 def check_room(s, base_is_made):
     """Raises UserError when the disk cannot hold what the run will write: base (unless made), checkpoints, result.
 
@@ -247,7 +252,7 @@ def check_room(s, base_is_made):
     widths = sum(p.shape[0] + p.shape[1] // pooled for name, p in model.named_parameters()
                  if name.split(".")[-2] in s["targets"].split(","))
     rest = 2 * 3 * 4 * s["rank"] * widths  # twice an adapter and AdamW's two moments
-    replaced = sum(f.stat().st_size for name in ("step-*", "previous-adapter") for f in out.glob(f"{name}/*"))
+    replaced = sum(f.stat().st_size for folder in (*checkpoints(out), out / "previous-adapter") for f in folder.glob("*"))
     need, free = (0 if base_is_made else base) + max(0, rest - replaced), shutil.disk_usage(out).free
     if need > free:
         raise UserError(f"--out {out} has {free / 1e9:.3f} GB free where the run may need {need / 1e9:.3f} GB; "

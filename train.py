@@ -40,7 +40,7 @@ from merge import fingerprint, load_model, merge, save_merged
 from nf4 import quantize_model_nf4
 from qalora import adapter_parameters, add_adapters, restore_adapter, save_adapter
 from quant import quantization_of, quantize_model, save_quantized
-from settings import check_room, check_weights, quantized_already, read_settings
+from settings import check_room, check_weights, checkpoints, quantized_already, read_settings
 
 TOY_BASE = pathlib.Path("runs/tiny-base")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -331,11 +331,6 @@ def save_checkpoint(s, step, model, optimizer):
     for folder in checkpoints(out):
         if folder.name != f"step-{step}":
             shutil.rmtree(folder)
-
-
-def checkpoints(out):
-    """The folders step-N/, in the order of N. Others, such as a copy named step-4.bak, are the user's own."""
-    return sorted((f for f in out.glob("step-*") if f.name[5:].isdecimal()), key=lambda folder: int(folder.name[5:]))
 
 
 def newest_checkpoint(out):

@@ -990,23 +990,6 @@ def test_the_baselines_take_widths_that_no_group_divides(world, tmp_path, method
                                   steps=1))
 
 
-@pytest.mark.parametrize("targets", [None, "q_proj,v_proj"])
-def test_a_run_needs_the_room_that_its_base_and_its_checkpoints_take(world, tmp_path, monkeypatch, targets):
-    save_random(tmp_path / "weights", config=dataclasses.replace(CONFIG, num_hidden_layers=8))
-    shutil.copy(world / "weights" / "tokenizer.model", tmp_path / "weights")
-    words = dict(weights=tmp_path / "weights", rank=32, steps=1, targets=targets)
-    run(tmp_path / "log", options(world, tmp_path / "run", **words))
-    names = "base/model.safetensors", "step-1/optimizer.pt"
-    base, checkpoint = ((tmp_path / "run" / name).stat().st_size for name in names)
-    need = base + 2 * 1.5 * checkpoint
-    for room, enough in ((0.9 * need, False), (1.1 * need, True)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 ** 9, 0, int(room)))
-        if enough:
-            run(tmp_path / "log", options(world, tmp_path / "again", **words))
-        else:
-            assert "more room" in refusal(monkeypatch, *options(world, tmp_path / "again", **words))
-
-
 def test_a_new_run_needs_no_room_for_the_checkpoint_that_it_replaces(world, whole, tmp_path, monkeypatch):
     out = shutil.copytree(whole, tmp_path / "run")
     one = sum(file.stat().st_size for file in (out / "step-6").iterdir())
@@ -1212,6 +1195,16 @@ def test_the_death_of_one_of_two_processes_is_one_line_in_the_other(world, tmp_p
     run(tmp_path / "log", ["--resume", "--out", str(out), "--steps", str(steps)])
 
 
+def test_each_process_takes_its_gpu_before_any_is_computed_on(world, tmp_path, monkeypatch):
+    for name, value in dict(is_available=lambda: True, device_count=lambda: 2, set_device=lambda gpu: taken.append(gpu)).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for rank, said, expected in ((1, "--device cuda cannot be used here", [1]), (2, "process 2 has no GPU: there are 2", [])):
+        taken = []
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert said in refusal(monkeypatch, *options(world, tmp_path / "run", device="cuda"))
+        assert taken == expected
+
+
 def test_a_batch_that_the_processes_cannot_share_is_refused(world, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "--batch-size 4 cannot be shared by 3 processes" in refusal(monkeypatch, *options(world, tmp_path / "run"))
@@ -1275,11 +1268,14 @@ def test_a_new_base_needs_room_beside_the_old_one(world, whole, tmp_path, monkey
     assert merge.load_model(tmp_path / "run"), "what was there is gone"
 
 
-@pytest.mark.parametrize("method, dtype", [("qlora", torch.float32), ("lora", torch.float32), ("lora", torch.bfloat16)])
-def test_a_baseline_needs_the_room_that_its_base_and_its_checkpoints_take(world, tmp_path, monkeypatch, method, dtype):
+@pytest.mark.parametrize("how, dtype", [
+    (dict(method="qlora", quantizer=None, rank=16), torch.float32), (dict(rank=32), torch.float32),
+    (dict(method="lora", quantizer=None, rank=16), torch.float32), (dict(rank=32, targets="q_proj,v_proj"), torch.float32),
+    (dict(method="lora", quantizer=None, rank=16), torch.bfloat16)])
+def test_a_run_needs_the_room_that_its_base_and_its_checkpoints_take(world, tmp_path, monkeypatch, how, dtype):
     save_random(tmp_path / "weights", config=dataclasses.replace(CONFIG, num_hidden_layers=8), dtype=dtype)
     shutil.copy(world / "weights" / "tokenizer.model", tmp_path / "weights")
-    words = dict(weights=tmp_path / "weights", method=method, quantizer=None, rank=16, steps=1)
+    words = dict(weights=tmp_path / "weights", steps=1, **how)
     run(tmp_path / "log", options(world, tmp_path / "run", **words))
     base, checkpoint = ((tmp_path / "run" / name).stat().st_size for name in ("base/model.safetensors", "step-1/optimizer.pt"))
     need = base + 2 * 1.5 * checkpoint  # two checkpoints, which hold the adapter beside its two moments
