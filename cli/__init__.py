@@ -1,0 +1,1 @@
+"""What stands behind the commands: settings, runs and their checkpoints, one-line errors."""
