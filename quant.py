@@ -1,49 +1,47 @@
-"""Group quantization: every weight is `scale * code + offset`, scale and offset shared by a group of inputs.
+"""Group quantization: every weight is `scale * code + offset`, one scale and offset for a group.
 
-A row of a weight matrix is cut into groups of `group_size` consecutive inputs. Each group keeps a float16 scale, a
-float32 offset and one 2-, 3- or 4-bit code a weight. The offset is a real number (the paper's `zero` in another form:
-offset = -scale * zero), and that is what lets QA-LoRA fold an adapter into it without loss.
+A row of a weight matrix is cut into groups of `group_size` consecutive inputs. Each group keeps a
+float16 scale, a float32 offset and one 2-, 3- or 4-bit code a weight. The offset is a real number
+(the paper's zero point in another form: offset = -scale * zero), and that is what lets QA-LoRA fold
+an adapter into it without loss.
 
-In reading order: packing codes; choosing scales and codes (RTN, GPTQ); multiplying by a packed matrix; the layer;
-quantizing a whole model block by block; the folder it is kept in.
+In reading order: packing codes; choosing scales and codes (RTN, then GPTQ); multiplying by a packed
+matrix; the layer; quantizing a whole model block by block.
+
+Dimension key: O outputs, I inputs, G groups (I / group_size), g inputs of one group, N tokens.
 """
 
-import ctypes
-import functools
-import json
-import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
+import kernels.matmul
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from cli import UserError, written_whole
-from llama import LINEARS, Llama, all_finite, fill, linears, open_file, read_config, read_json, rotary_table, write_config
-
-DENSE_AT_A_TIME = 2 ** 24  # bytes: a smaller matmul takes longer a weight, and glibc maps 32 MB anew every time
-IN_CACHE = 2 ** 20  # weights: 4 MB in float32 and 1 MB of codes
-FEW_TOKENS = 8  # so many cost a Triton kernel that unpacks for each what unpacking once and a matmul cost, by count
-
+from cli.errors import UserError
+from llama import LINEARS, Block, Llama, LlamaConfig, linears, rotary_table
 
 # ---- codes of 2, 3 or 4 bits, packed at exactly that cost
 
-def packed_width(in_features, bits):
-    """Bytes that a row of `in_features` codes takes: `bits` a code, the row padded to a multiple of 32 codes."""
+
+def packed_width(in_features: int, bits: int) -> int:
+    """Bytes of a row of `in_features` codes, which is padded to a multiple of 32 codes."""
     assert bits in (2, 3, 4), f"bits must be 2, 3 or 4, not {bits}"
     return -(-in_features // 32) * 4 * bits
 
 
-def pack(codes_OI, bits):
+def pack(codes_OI: Tensor, bits: int) -> Tensor:
     """Packs uint8 codes [O, I], all below 2^bits, into uint8 [O, packed_width(I, bits)].
 
-    A row's bytes are planes. With n the row length padded to a multiple of 32, byte j holds: at 4 bits, code j in its
-    low half and code j + n/2 in its high half; at 2 bits, the codes j, j + n/4, j + n/2 and j + 3n/4, lowest first; at
-    3 bits, the two low bits as at 2 bits, then n/8 bytes more whose bit k of byte j is the high bit of code j + k*n/8.
-    Planes unpack into long contiguous runs: 6 ms for a 4096 x 4096 matrix on a CPU, where the order of GGUF's Q4_1,
-    whose runs are 16 long, took 27 ms. `export.py` reorders them.
+    A row's bytes are planes. With n the row length padded to a multiple of 32, byte j holds
+    at 4 bits: code j in its low half and code j + n/2 in its high half;
+    at 2 bits: the codes j, j + n/4, j + n/2 and j + 3n/4, lowest first;
+    at 3 bits: the two low bits as at 2 bits; n/8 more bytes follow, and bit k of their byte j is
+    the high bit of code j + k*n/8.
+    Planes unpack into long contiguous runs: 6 ms for 4096 x 4096 on a CPU, where the order of
+    GGUF's Q4_1, whose runs are 16 long, took 27 ms.
     """
     assert codes_OI.dtype == torch.uint8 and packed_width(codes_OI.shape[-1], bits)
     codes = nn.functional.pad(codes_OI, (0, -codes_OI.shape[-1] % 32))
@@ -52,11 +50,12 @@ def pack(codes_OI, bits):
     return _join_planes(codes, bits)
 
 
-def unpack(packed, bits, in_features):
-    """The inverse of `pack`: uint8 [O, packed_width(in_features, bits)] to uint8 codes [O, in_features]."""
+def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """The inverse of `pack`: uint8 [O, packed_width(I, bits)] to uint8 codes [O, in_features]."""
     if bits == 3:
         two_thirds = packed.shape[-1] // 3 * 2
-        codes = _split_planes(packed[..., :two_thirds], 2).add_(_split_planes(packed[..., two_thirds:], 1), alpha=4)
+        codes = _split_planes(packed[..., :two_thirds], 2)
+        codes.add_(_split_planes(packed[..., two_thirds:], 1), alpha=4)
     else:
         codes = _split_planes(packed, bits)
     return codes[..., :in_features]
@@ -64,215 +63,268 @@ def unpack(packed, bits, in_features):
 
 def _join_planes(fields, width):  # [O, n] fields of `width` bits -> [O, n * width / 8] bytes
     planes = fields.chunk(8 // width, dim=-1)
-    return torch.stack([plane << (width * k) for k, plane in enumerate(planes)]).sum(dim=0, dtype=torch.uint8)
+    shifted = [plane << (width * k) for k, plane in enumerate(planes)]
+    return torch.stack(shifted).sum(dim=0, dtype=torch.uint8)
 
 
 def _split_planes(packed, width):  # the inverse
     fields = packed.new_empty(*packed.shape[:-1], packed.shape[-1] * 8 // width)
     lowest, *others = fields.chunk(8 // width, dim=-1)
-    torch.bitwise_and(packed, 2 ** width - 1, out=lowest)  # written to its place: half the time of torch.cat
+    torch.bitwise_and(packed, 2**width - 1, out=lowest)  # in place: 2x faster than torch.cat
     for k, plane in enumerate(others, 1):
         torch.bitwise_right_shift(packed, width * k, out=plane)
     for plane in others[:-1]:  # above the last one nothing is left
-        plane.bitwise_and_(2 ** width - 1)
+        plane.bitwise_and_(2**width - 1)
     return fields
 
 
-# ---- choosing scale, offset and codes
+# ---- choosing scale, offset and codes: rounding to nearest
+
 
 class Quantized(NamedTuple):
-    """A quantized matrix: w[o, i] is approximately scale[o, g] * codes[o, i] + offset[o, g], with g = i // group_size."""
-    codes: torch.Tensor   # [O, I] uint8
-    scale: torch.Tensor   # [O, G] float16
-    offset: torch.Tensor  # [O, G] float32
+    """w[o, i] is about scale[o, k] * codes[o, i] + offset[o, k]; k is the group of input i."""
+
+    codes: Tensor  # [O, I] uint8
+    scale: Tensor  # [O, G] float16
+    offset: Tensor  # [O, G] float32
 
 
-def dequantize(quantized, dtype=torch.float32):
-    """The matrix [O, I] that a `Quantized` stands for, computed in float32 at least, then rounded to `dtype`."""
+def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix [O, I] that `quantized` stands for, computed in float32 at least, then rounded."""
     codes, scale, offset = quantized
     wide = torch.promote_types(dtype, torch.float32)
     w_OGg = codes.to(wide).view(*scale.shape, -1)
-    w_OGg.mul_(scale.to(wide).unsqueeze(-1)).add_(offset.to(wide).unsqueeze(-1))  # torch.addcmul takes far longer
+    w_OGg.mul_(scale.to(wide).unsqueeze(-1)).add_(offset.to(wide).unsqueeze(-1))
     return w_OGg.view(codes.shape).to(dtype)
 
 
-def quantize_rtn(w_OI, bits, group_size):
-    """Rounds each weight to the nearest of 2^bits levels between its group's smallest and largest weight.
+def quantize_rtn(w_OI: Tensor, bits: int, group_size: int) -> Quantized:
+    """Rounds each weight to the nearest of 2^bits levels between its group's least and greatest.
 
-    w_OI: [O, I] of any floating dtype. Returns Quantized. A constant group gets scale 0 and is exact; no other group
-    does. Raises UserError when `group_size` does not divide I, or a range is not finite or too wide for float16.
+    w_OI: [O, I] of any floating dtype. A constant group gets scale 0 and is exact; no other does.
+    Raises UserError when `group_size` does not divide I, or when a group's range is not finite or
+    too wide for a float16 scale.
     """
     w_OGg = _grouped(w_OI.float(), group_size)
     scale, offset = min_max_range(w_OGg, bits)
     return Quantized(nearest_codes(w_OGg, scale, offset, bits).view(w_OI.shape), scale, offset)
 
 
-def _grouped(w_OI, group_size):  # [O, I] -> [O, G, group_size]
+def _grouped(w_OI, group_size):  # [O, I] -> [O, G, g]
     if w_OI.shape[1] % group_size:
         raise UserError(f"group size {group_size} does not divide its {w_OI.shape[1]} inputs")
     return w_OI.reshape(w_OI.shape[0], -1, group_size)
 
 
-def min_max_range(w_OGg, bits):
-    """Scale [O, G] and offset [O, G] whose codes 0 and 2^bits - 1 meet each group's smallest and largest weight."""
+def min_max_range(w_OGg: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and offset [O, G] that put codes 0 and 2^bits - 1 on a group's least and greatest."""
     low, high = w_OGg.aminmax(dim=-1)
-    return round_up_to_float16(high - low, 2 ** bits - 1), low
+    return round_up_to_float16(high - low, 2**bits - 1), low
 
 
-def round_up_to_float16(spread, levels):
-    """The smallest float16 scales with scale * levels >= spread, so that the codes still reach the largest weight.
+def round_up_to_float16(spread: Tensor, levels: int) -> Tensor:
+    """The smallest float16 scales with scale * levels >= spread: codes still reach the greatest.
 
-    Raises UserError when that is beyond float16's 65504, or `spread` is not a number.
+    Raises UserError when a scale is beyond float16's 65504, or `spread` is not a number.
     """
     scale = (spread / levels).half()
     too_small = scale.float() * levels < spread  # exact: 11 bits times 4 bits fit in float32's 24
-    scale = torch.where(too_small, (scale.view(torch.int16) + 1).view(torch.float16), scale)  # the next float16
+    next_scale = (scale.view(torch.int16) + 1).view(torch.float16)
+    scale = torch.where(too_small, next_scale, scale)
     if not scale.isfinite().all():
-        raise UserError(f"weights that span {spread.max().item():g} in one group need a scale that float16 cannot hold")
+        span = f"{spread.max().item():g}"
+        raise UserError(
+            f"weights that span {span} in one group need a scale that float16 cannot hold"
+        )
     return scale
 
 
-def nearest_codes(w_OGg, scale, offset, bits):
-    """The codes [O, G, group_size] (uint8) nearest to `w_OGg` for scale and offset [O, G]; 0 where the scale is 0."""
+def nearest_codes(w_OGg: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """The uint8 codes [O, G, g] nearest to `w_OGg` for scale and offset [O, G]; 0 at scale 0."""
     step = torch.where(scale == 0, 1, scale).float().unsqueeze(-1)
-    return ((w_OGg - offset.unsqueeze(-1)) / step).round_().clamp_(0, 2 ** bits - 1).to(torch.uint8)
+    codes = ((w_OGg - offset.unsqueeze(-1)) / step).round_()
+    return codes.clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
-def quantize_gptq(w_OI, hessian_II, bits, group_size, search=True, damping=0.01):
-    """GPTQ (Frantar et al., 2023): rounds one input after another, each making up for the errors made before it.
+# ---- choosing scale, offset and codes: GPTQ
 
-    hessian_II: the sum (or mean) of x xᵀ over the calibration inputs x. With H = R Rᵀ, R upper triangular, the
-    squared output error trace((W-Ŵ) H (W-Ŵ)ᵀ) is the squared length of (W-Ŵ) R, whose column k holds the errors of
-    the inputs 0..k only. So go through the inputs in order, and round each weight to where it cancels its column's
-    `drift`, what the errors before it have put there. This is the LDL form of GPTQ (Chee et al., "QuIP", 2023,
-    theorem 6): the same result from one Cholesky factor, without inverting H. A group's range is taken when its turn
-    comes, from the weights as corrected until then; their error times its block of R is what the group adds in the end.
 
-    search=False takes a group's range from its smallest to its largest weight. search=True may cut that and fits
-    scale and offset to the codes, as real offsets allow: on the 1024 x 1024 layer of tests/test_search.py the relative
-    output error at 2, 3 and 4 bits is 0.188, 0.091 and 0.045, not 0.430, 0.145 and 0.065 (RTN 0.393, 0.168, 0.078).
-    In compare.py at 2 bits it is worth 5.5 +- 0.8 points of exact match to QA-LoRA, 8.3 +- 1.2 to QLoRA w/ GPTQ.
-    Arguments, result and errors otherwise as in `quantize_rtn`.
+def quantize_gptq(
+    w_OI: Tensor,
+    hessian_II: Tensor,
+    bits: int,
+    group_size: int,
+    search: bool = True,
+    damping: float = 0.01,
+) -> Quantized:
+    """GPTQ (Frantar et al., 2023): rounds input by input; each makes up for the errors before it.
+
+    hessian_II: the sum (or mean) of x x^T over the calibration inputs x. Let H = R R^T, R upper
+    triangular. The squared output error trace((W - Q) H (W - Q)^T) is the squared length of
+    (W - Q) R, whose column k holds the errors of the inputs 0..k only. So go through the inputs in
+    order, and round each weight so that it cancels its column's `drift`, which is what the errors
+    before it have put there. This is the LDL form of GPTQ (Chee et al., "QuIP", 2023, theorem 6):
+    the same result from one Cholesky factor, without inverting H. A group's range is chosen when
+    its turn comes, from its weights as corrected until then.
+
+    search=False: a range reaches from a group's least to its greatest weight. search=True may cut
+    it, and fits scale and offset to the codes, as real offsets allow. On the 1024 x 1024 layer of
+    tests/test_search.py the relative output error at 2, 3 and 4 bits is 0.188, 0.091 and 0.045
+    instead of 0.430, 0.145 and 0.065 (RTN: 0.393, 0.168, 0.078).
+    Other arguments, result and errors as in `quantize_rtn`.
     """
     in_features = w_OI.shape[1]
     _grouped(w_OI, group_size)
     factor = damped_factor(hessian_II, damping)
-    w = w_OI.float().t().contiguous()  # [I, O], so that one input's weights are contiguous
+    w = w_OI.float().t().contiguous()  # [I, O]: the weights of one input are contiguous
     drift, error = torch.zeros_like(w), torch.empty_like(w)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     scales, offsets = [], []
 
-    def settle(low, high):
+    def round_one_group(low, high):
         block = factor[low:high, low:high]
-        corrected = w[low:high] + torch.linalg.solve_triangular(block.t(), drift[low:high], upper=False)
-        found, scale, offset = quantize_group(corrected, block, bits, search)
+        correction = torch.linalg.solve_triangular(block.t(), drift[low:high], upper=False)
+        found, scale, offset = quantize_group(w[low:high] + correction, block, bits, search)
         codes[low:high] = found
         error[low:high] = w[low:high] - (scale.float() * found + offset)
-        scales.append(scale), offsets.append(offset)
+        scales.append(scale)
+        offsets.append(offset)
 
-    in_order(0, in_features, group_size, factor, drift, error, settle)
-    return Quantized(codes.t().contiguous(), torch.stack(scales, dim=1), torch.stack(offsets, dim=1))
+    in_order(0, in_features, group_size, factor, drift, error, round_one_group)
+    return Quantized(codes.t().contiguous(), torch.stack(scales, 1), torch.stack(offsets, 1))
 
 
-def in_order(low, high, unit, factor, drift, error, settle):
-    """Calls settle(low, high) for one `unit` of inputs after another: it reads their `drift`, writes their `error`.
+def in_order(
+    low: int,
+    high: int,
+    unit: int,
+    factor: Tensor,
+    drift: Tensor,
+    error: Tensor,
+    round_one: Callable,
+):
+    """Calls round_one(low, high) for one `unit` of inputs after another.
 
-    The errors inside a half of the inputs reach the other half by one matrix product, halves are halved again: that
-    is the lazy batching of GPTQ's paper, carried through to the single input.
+    `round_one` reads their `drift` and writes their `error`. The errors in one half of the inputs
+    reach the other half by one matrix product, and halves are halved again: GPTQ's lazy batching,
+    carried through to the single input.
     """
     if high - low == unit:
-        return settle(low, high)
+        round_one(low, high)
+        return
     middle = low + -(-(high - low) // (2 * unit)) * unit
-    in_order(low, middle, unit, factor, drift, error, settle)
+    in_order(low, middle, unit, factor, drift, error, round_one)
     drift[middle:high].addmm_(factor[low:middle, middle:high].t(), error[low:middle])
-    in_order(middle, high, unit, factor, drift, error, settle)
+    in_order(middle, high, unit, factor, drift, error, round_one)
 
 
-def quantize_group(w_gO, factor_gg, bits, search):
-    """(codes [g, O] in float, scale [O], offset [O]) for one group that make |(w - ŵ)ᵀ factor| small."""
+def quantize_group(
+    w_gO: Tensor, factor_gg: Tensor, bits: int, search: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes [g, O] in float, scale [O], offset [O]) of one group, for a small output error."""
     if not search:
         scale, offset = min_max_range(w_gO.t(), bits)
         return round_in_order(w_gO, factor_gg, scale, offset, bits), scale, offset
     scale, offset = best_range(w_gO, factor_gg.diagonal().square(), bits)
-    for _ in range(2):  # a third round gains nothing
+    for _ in range(2):  # a third round did not lower the error on the test layer
         codes = round_in_order(w_gO, factor_gg, scale, offset, bits)
         scale, offset = fit_range(w_gO, factor_gg, codes, scale, offset)
     return codes, scale, offset
 
 
-def round_in_order(w_gO, factor_gg, scale, offset, bits):
-    """GPTQ's codes [g, O], in float, for a group whose scale [O] and offset [O] are given."""
-    step = torch.where(scale == 0, torch.inf, scale.float())  # a group with scale 0 is constant: all its codes are 0
+def round_in_order(
+    w_gO: Tensor, factor_gg: Tensor, scale: Tensor, offset: Tensor, bits: int
+) -> Tensor:
+    """GPTQ's codes [g, O], in float, for one group whose scale [O] and offset [O] are given."""
+    step = torch.where(scale == 0, torch.inf, scale.float())  # scale 0: constant, all codes are 0
     w = (w_gO - offset) / step  # in steps, so that an error is w - code
     drift, error, codes = torch.zeros_like(w), torch.empty_like(w), torch.empty_like(w)
     diagonal = factor_gg.diagonal().tolist()
 
-    def settle(k, _):
-        torch.add(w[k], drift[k], alpha=1 / diagonal[k], out=codes[k]).round_().clamp_(0, 2 ** bits - 1)
+    def round_one_input(k, _):
+        torch.add(w[k], drift[k], alpha=1 / diagonal[k], out=codes[k])
+        codes[k].round_().clamp_(0, 2**bits - 1)
         torch.sub(w[k], codes[k], out=error[k])
 
-    in_order(0, len(w), 1, factor_gg, drift, error, settle)
+    in_order(0, len(w), 1, factor_gg, drift, error, round_one_input)
     return codes
 
 
-def best_range(w_gO, importance_g, bits):
-    """Scale [O] and offset [O] of the cut range whose nearest levels leave the least error, weighted by importance.
+def best_range(w_gO: Tensor, importance_g: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale [O] and offset [O] of the cut range whose nearest levels leave the least error.
 
-    Tries to cut 0, 10, ..., 40 % off the range's lower and upper end, then 5 % more or less of either.
+    Errors are squared and weighted by importance. Tries to cut 0, 10, ..., 40 % off the range's
+    lower and upper end, then 5 % more or less of either.
     """
     low, high = w_gO.amin(dim=0), w_gO.amax(dim=0)
     x_gO = (w_gO - low) / torch.where(high == low, 1, high - low)  # from 0 to 1
-    cut, least = torch.zeros(2, w_gO.shape[1], device=w_gO.device), torch.full_like(low, torch.inf)
-    scratch = torch.empty_like(x_gO), torch.empty_like(x_gO)  # new memory for every trial takes longer than its sums
+    cut = torch.zeros(2, w_gO.shape[1], device=w_gO.device)
+    least = torch.full_like(low, torch.inf)
+    scratch = (
+        torch.empty_like(x_gO),
+        torch.empty_like(x_gO),
+    )  # allocating takes longer than the sums
     for step, reach in ((0.1, torch.arange(5)), (0.05, torch.arange(-1, 2))):
-        for trial in cut + step * torch.cartesian_prod(reach, reach).unsqueeze(-1).to(cut):  # [2, O]
+        trials = cut + step * torch.cartesian_prod(reach, reach).unsqueeze(-1).to(cut)
+        for trial in trials:  # [2, O]: how much to cut below and above
             error = _clipping_error(x_gO, importance_g, *trial, bits, *scratch)
-            cut, least = torch.where(error < least, trial, cut), torch.minimum(error, least)
+            cut = torch.where(error < least, trial, cut)
+            least = torch.minimum(error, least)
     below, above = cut
-    return round_up_to_float16((1 - below - above) * (high - low), 2 ** bits - 1), low + below * (high - low)
+    spread = (1 - below - above) * (high - low)
+    return round_up_to_float16(spread, 2**bits - 1), low + below * (high - low)
 
 
 def _clipping_error(x_gO, importance_g, below, above, bits, exact, codes):  # [O]
-    step = (1 - below - above) / (2 ** bits - 1)
+    step = (1 - below - above) / (2**bits - 1)
     torch.addcmul(-below / step, x_gO, 1 / step, out=exact)
-    torch.round(exact, out=codes).clamp_(0, 2 ** bits - 1)
+    torch.round(exact, out=codes).clamp_(0, 2**bits - 1)
     return importance_g @ codes.sub_(exact).square_() * step.square()
 
 
-def fit_range(w_gO, factor_gg, codes_gO, scale, offset):
-    """The scale [O] and offset [O] that fit the codes best, by least squares of (w - scale * codes - offset)ᵀ factor.
+def fit_range(
+    w_gO: Tensor, factor_gg: Tensor, codes_gO: Tensor, scale: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The scale [O] and offset [O] that fit the codes best, or those given where they fit better.
 
-    Where that is no better than those given they stay. So they do for a scale below 0 or far from the given one: where
-    all codes are equal the fitted scale is a quotient of rounding errors.
+    Least squares of (w - scale * codes - offset)^T factor. A fitted scale at or below 0, or far
+    above the given one, is not taken: where all codes are equal it is a ratio of rounding errors.
     """
     target, codes = factor_gg.t() @ w_gO, factor_gg.t() @ codes_gO
     one = factor_gg.sum(dim=0).unsqueeze(1)  # [g, 1]: what an offset of 1 adds to every column
-    mean = lambda y: one.t() @ y / one.square().sum()  # [1, O]: the offset nearest to y
-    spread = codes - one * mean(codes)
+
+    def nearest_offset(y_gO):  # [1, O]
+        return one.t() @ y_gO / one.square().sum()
+
+    def squared_error(scale, offset):  # [O]
+        return (target - scale * codes).sub_(offset * one).square_().sum(dim=0)
+
+    spread = codes - one * nearest_offset(codes)
     fitted_scale = ((spread * target).sum(dim=0) / spread.square().sum(dim=0)).half()
-    fitted_offset = mean(target - fitted_scale * codes)[0]
-    error = lambda scale, offset: (target - scale * codes).sub_(offset * one).square_().sum(dim=0)
+    fitted_offset = nearest_offset(target - fitted_scale * codes)[0]
     better = (fitted_scale > 0) & (fitted_scale < 4 * scale)  # neither holds for NaN
-    better &= error(fitted_scale, fitted_offset) < error(scale, offset)
-    return torch.where(better, fitted_scale, scale), torch.where(better, fitted_offset, offset)
+    better &= squared_error(fitted_scale, fitted_offset) < squared_error(scale, offset)
+    scale = torch.where(better, fitted_scale, scale)
+    return scale, torch.where(better, fitted_offset, offset)
 
 
-def damped_factor(hessian_II, damping):
-    """Upper triangular R [I, I] (float32) with R Rᵀ = H + damping * mean(diagonal) * identity.
+def damped_factor(hessian_II: Tensor, damping: float) -> Tensor:
+    """Upper triangular R [I, I] (float32) with R R^T = H + damping * mean(diagonal) * identity.
 
-    Where that matrix is not positive definite the damping is raised tenfold until it is. For a semidefinite H no
-    squared diagonal entry of R lies below `damping`; a far smaller one would be rounding, and blow up all it divides.
+    Where that matrix is not positive definite the damping is raised tenfold until it is. For a
+    semidefinite H no squared diagonal entry of R lies below `damping`; a far smaller one would be a
+    rounding error that blows up all it divides.
     """
     assert hessian_II.isfinite().all(), "the Hessian has NaN or infinite entries"
     inputs, mean = len(hessian_II), hessian_II.diagonal().double().mean().item()
-    if mean < torch.finfo(torch.float32).tiny:  # no inputs at all: any multiple of the identity means RTN
+    if mean < torch.finfo(torch.float32).tiny:  # no inputs: any multiple of the identity means RTN
         h = torch.zeros_like(hessian_II, dtype=torch.float32)
-    else:  # no entry of a semidefinite matrix exceeds its trace, so clamping only touches what is none
+    else:  # no entry of a semidefinite matrix exceeds its trace
         h = (hessian_II / mean).float().clamp_(-inputs, inputs)
     diagonal = h.diagonal().clone()
     while True:
         h.diagonal().copy_(diagonal + damping)
-        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))  # flipped, so that the flipped factor is upper
+        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))  # flipped: its factor is then upper
         if not failed and (lower.diagonal().square() >= damping / 2).all():
             return lower.flip(0, 1)
         damping = max(10 * damping, 1e-6)
@@ -280,211 +332,112 @@ def damped_factor(hessian_II, damping):
 
 # ---- multiplying by a packed matrix
 
-def quant_matmul(x, packed, scale, offset, bits):
-    """y = x @ (scale * codes + offset)ᵀ for a packed weight, differentiable in x and offset.
 
-    x: [..., I] float; packed: [O, packed_width(I, bits)]; scale: [O, G] float16; offset: [O, G]; result [..., O] in x's
-    dtype. The weight, mostly a part of it at a time, is dequantized, rounded once to x's dtype and multiplied: as exact as
-    a dense layer of that dtype. In a group whose codes differ, rounding weight by weight lets through a change of the
-    offset far below bfloat16's steps, in the mean over the group; a bfloat16 offset beside the codes would swallow it.
+def dense(
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The matrix [O, in_features] that a packed one stands for, rounded once to `dtype`."""
+    return dequantize(Quantized(unpack(packed, bits, in_features), scale, offset), dtype)
+
+
+def quant_matmul(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """y = x @ (scale * codes + offset)^T for a packed weight, differentiable in x and offset.
+
+    x: [..., I] float; packed: [O, packed_width(I, bits)] uint8; scale: [O, G] float16; offset:
+    [O, G] float32; result [..., O] in x's dtype. The weight is dequantized in float32, rounded once
+    to x's dtype and multiplied, so y is as exact as that of a dense layer of that dtype. A change
+    of the offset far below bfloat16's steps still shows, in the mean over a group of unequal codes.
     """
-    assert x.shape[-1] % scale.shape[1] == 0 and packed.shape[1] == packed_width(x.shape[-1], bits), \
-        f"x {tuple(x.shape)} does not fit packed {tuple(packed.shape)} and scale {tuple(scale.shape)} at {bits} bits"
+    fits = x.shape[-1] % scale.shape[1] == 0 and packed.shape[1] == packed_width(x.shape[-1], bits)
+    shapes = f"x {tuple(x.shape)}, packed {tuple(packed.shape)}, scale {tuple(scale.shape)}"
+    assert fits, f"{shapes} do not belong together at {bits} bits"
     with torch.autocast(x.device.type, enabled=False):
         return QuantMatmul.apply(x, packed, scale, offset, bits)
 
 
 class QuantMatmul(torch.autograd.Function):
-    """`quant_matmul`. Saves the packed codes and the pooled input, never x and never a dense weight.
+    """`quant_matmul`. Saves the packed codes and the pooled input, never x nor a dense weight.
 
-    The offset's gradient is grad_yᵀ @ pool(x), pool(x) [N, G] the sum of x over each group: the paper's equation 2.
+    The offset's gradient is grad_y^T @ pool(x); pool(x) [N, G] is the sum of x over each group (the
+    paper's equation 2). `kernels/matmul.py` multiplies by `dense(...)`, a part of it at a time.
     """
 
     @staticmethod
     def forward(ctx, x, packed, scale, offset, bits):
+        """[..., I] -> [..., O]."""
         x_NI = x.reshape(-1, x.shape[-1])
-        y_NO = product(x_NI, packed, scale, offset, bits, triton_for(x))
-        pooled_NG = x_NI.unflatten(1, (scale.shape[1], -1)).sum(dim=-1) if ctx.needs_input_grad[3] else None
+        y_NO = kernels.matmul.product(x_NI, packed, scale, offset, bits, dense)
+        pooled_NG = None
+        if ctx.needs_input_grad[3]:
+            pooled_NG = x_NI.unflatten(1, (scale.shape[1], -1)).sum(dim=-1)
         ctx.save_for_backward(packed, scale, offset, pooled_NG)
         ctx.bits, ctx.x_shape = bits, x.shape
         return y_NO.view(*x.shape[:-1], len(packed))
 
     @staticmethod
-    @once_differentiable  # the pooled input is saved as a number, so a second derivative would be wrong
+    @once_differentiable  # the pooled input is a constant here: a second derivative would be wrong
     def backward(ctx, grad_y):
+        """[..., O] -> the gradients of x [..., I] and of offset [O, G]."""
         packed, scale, offset, pooled_NG = ctx.saved_tensors
         gy_NO = grad_y.reshape(-1, grad_y.shape[-1])
         grad_x = grad_offset = None
         if ctx.needs_input_grad[3]:
             grad_offset = (gy_NO.t() @ pooled_NG).to(offset.dtype)
         if ctx.needs_input_grad[0]:
-            gx_NI = input_gradient(gy_NO, packed, scale, offset, ctx.bits, ctx.x_shape[-1], triton_for(grad_y))
+            weight = packed, scale, offset, ctx.bits
+            gx_NI = kernels.matmul.input_gradient(gy_NO, *weight, ctx.x_shape[-1], dense)
             grad_x = gx_NI.view(ctx.x_shape)
         return grad_x, None, None, grad_offset, None
 
 
-def product(x_NI, packed, scale, offset, bits, kernels=None):
-    """x @ wᵀ, [N, O]. On a CPU some rows of w at a time, so that it is never dense as a whole."""
-    tokens, in_features = x_NI.shape
-    if kernels and 0 < tokens <= FEW_TOKENS and in_features // scale.shape[1] % 4 == 0:
-        return kernels.multiply(x_NI, packed, scale, offset, bits)
-    if kernels:
-        return x_NI @ kernels.dense(packed, scale, offset, bits, in_features, x_NI.dtype).t()
-    y_NO = x_NI.new_empty(tokens, len(packed))
-    at_a_time = power_of_two(DENSE_AT_A_TIME // x_NI.itemsize // in_features)
-    for rows in (slice(start, start + at_a_time) for start in range(0, len(packed), at_a_time)):
-        w = dense(packed[rows], scale[rows], offset[rows], bits, in_features, x_NI.dtype)
-        torch.mm(x_NI, w.t(), out=y_NO[:, rows])
-        del w  # so that the next part takes its place
-    return y_NO
-
-
-def input_gradient(gy_NO, packed, scale, offset, bits, in_features, kernels=None):
-    """gy @ w, [N, I]. Some columns of w at a time, as adding up what rows of it give would round a sum again and again.
-
-    Bytes from the same place in each plane are a packing too: of the codes at that place in each plane. Where a group
-    lies in two planes w is dequantized as a whole.
-    """
-    planes, group_size = plane_count(bits), in_features // scale.shape[1]
-    if kernels:
-        return gy_NO @ kernels.dense(packed, scale, offset, bits, in_features, gy_NO.dtype)
-    if not whole_groups(in_features, group_size, bits):
-        return gy_NO @ dense(packed, scale, offset, bits, in_features, gy_NO.dtype)
-    packed, scale, offset = packed.unflatten(1, (bits * planes // 8, -1)), *(
-        t.unflatten(1, (planes, -1)) for t in (scale, offset))  # [O, planes, bytes or groups of a plane]
-    gx = gy_NO.new_empty(len(gy_NO), planes, in_features // planes)
-    at_a_time = power_of_two(DENSE_AT_A_TIME // gy_NO.itemsize // (len(packed) * planes * group_size))
-    for groups in (slice(start, start + at_a_time) for start in range(0, scale.shape[2], at_a_time)):
-        inputs = slice(groups.start * group_size, groups.stop * group_size)
-        part = packed[..., inputs].flatten(1), scale[..., groups].flatten(1), offset[..., groups].flatten(1)
-        w = dense(*part, bits, part[1].shape[1] * group_size, gy_NO.dtype)
-        gx[..., inputs] = (gy_NO @ w).unflatten(1, (planes, -1))
-        del w
-    return gx.flatten(1)
-
-
-def plane_count(bits):
-    """How many planes, stretches of consecutive inputs, share a row's bytes."""
-    return 8 if bits == 3 else 8 // bits  # at 3 bits as many as the high bits do
-
-
-def whole_groups(in_features, group_size, bits):
-    """Whether rows are packed without padding and no group lies in two planes."""
-    return in_features % 32 == 0 and in_features // plane_count(bits) % group_size == 0
-
-
-def power_of_two(limit):
-    """The largest power of two up to `limit`, at least 1: pieces of such sizes are mostly alike, and compiled once."""
-    return 1 << max(1, limit).bit_length() - 1
-
-
-USE_COMPILER = None  # None: on a CPU, after COMPILE_AFTER weights. Tests and bench.py set True or False
-COMPILE_AFTER = 2 ** 34  # weights that the plain path has dequantized; some seconds' work, which is what compiling takes
-dequantized = 0
-
-
-def dense(packed, scale, offset, bits, in_features, dtype):
-    """The matrix [O, in_features] that a packed one stands for: `dequantize` after `unpack`, to the bit.
-
-    That takes five to eight passes over the weights, over as many at a time as a CPU's cache holds. Where much is
-    dequantized on a CPU, torch.compile makes them one, which takes a third to a half of the time. Without a C++ compiler
-    the plain path goes on.
-    """
-    global dequantized, USE_COMPILER
-    wide = torch.promote_types(dtype, torch.float32)
-    weights = len(packed) * in_features
-    dequantized += weights if weights >= 2 ** 18 else 0  # in small matrices it is not the passes that take the time
-    wanted = dequantized > COMPILE_AFTER if USE_COMPILER is None else USE_COMPILER
-    if wanted and packed.device.type == "cpu" and whole_groups(in_features, in_features // scale.shape[1], bits):
-        try:
-            scale_, offset_ = (t.to(wide).view(len(t), plane_count(bits), -1, 1) for t in (scale, offset))
-            return _compiled()(packed, scale_, offset_, bits, dtype)
-        except Exception:  # no compiler, or no room for the files it writes
-            USE_COMPILER = False
-    if packed.device.type != "cpu" or weights <= IN_CACHE or dtype == wide:
-        return dequantize(Quantized(unpack(packed, bits, in_features), scale, offset), dtype)
-    w_OI = torch.empty(len(packed), in_features, dtype=dtype, device=packed.device)
-    for w, *part in zip(*(t.split(max(1, IN_CACHE // in_features)) for t in (w_OI, packed, scale, offset))):
-        w.copy_(dequantize(Quantized(unpack(part[0], bits, in_features), *part[1:]), wide))
-    return w_OI
-
-
-@functools.cache
-def _compiled():
-    torch._dynamo.config.recompile_limit = 64  # shapes of pieces, in training and in inference mode
-    return torch.compile(_plane_by_plane, dynamic=False)
-
-
-def _plane_by_plane(packed, scale, offset, bits, dtype):  # scale, offset [O, planes, groups of a plane, 1]
-    rows, planes, groups, _ = scale.shape
-    number = lambda fields: fields.view(rows, groups, -1).to(scale.dtype)
-    made = []
-    for k in range(planes):
-        # Fields stay where they lie, 2^at times too large, and their scales shrink by as much: no rounding, no shifts
-        at = k // 2 * 2 if bits == 3 else bits * k
-        if bits == 3:
-            first, second, high = packed.chunk(3, dim=1)  # two low bits of even and of odd planes, and the high bits
-            codes = number((second if k % 2 else first) & 3 << at) + number(high & 1 << k) * 2.0 ** (2 + at - k)
-        else:
-            codes = number(packed & 2 ** bits - 1 << at)
-        made.append((codes * (scale[:, k] * 2.0 ** -at) + offset[:, k]).to(dtype))
-    return torch.stack(made, dim=1).view(rows, -1)
-
-
-USE_TRITON = None  # None: for tensors on a GPU that can. Tests set True (Triton's interpreter on a CPU) or False
-
-
-def triton_for(x):
-    """The module `triton_kernels` if it shall and can compute with tensors like `x`, else None: the plain path."""
-    able = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device)[0] >= 8
-    return _triton_kernels() if (able if USE_TRITON is None else USE_TRITON) else None
-
-
-@functools.cache
-def _triton_kernels():
-    try:
-        import triton_kernels
-        return triton_kernels
-    except ImportError:  # no Triton here
-        return None
-
-
 class QuantLinear(nn.Module):
-    """A linear layer without bias whose weight [O, I] is packed. Not trainable; `QALoRALinear` adds what is.
+    """A linear layer without bias whose weight [O, I] is packed. `QALoRALinear` makes it trainable.
 
     Buffers: packed [O, packed_width(I, bits)] uint8, scale [O, G] float16, offset [O, G] float32.
     """
 
-    def __init__(self, in_features, out_features, bits, group_size):
+    def __init__(self, in_features: int, out_features: int, bits: int, group_size: int):
         super().__init__()
-        assert in_features % group_size == 0, f"group size {group_size} does not divide {in_features} inputs"
-        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
-        groups = (out_features, in_features // group_size)
-        self.register_buffer("packed", torch.empty(out_features, packed_width(in_features, bits), dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(groups, dtype=torch.float16))
-        self.register_buffer("offset", torch.empty(groups, dtype=torch.float32))
+        fits = in_features % group_size == 0
+        assert fits, f"group size {group_size} does not divide {in_features} inputs"
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
+        width, groups = packed_width(in_features, bits), in_features // group_size
+        self.register_buffer("packed", torch.empty(out_features, width, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(out_features, groups, dtype=torch.float16))
+        self.register_buffer("offset", torch.empty(out_features, groups, dtype=torch.float32))
 
     @classmethod
-    def from_quantized(cls, quantized, bits):
+    def from_quantized(cls, quantized: Quantized, bits: int) -> "QuantLinear":
         """A layer that holds `quantized`; the group size follows from the shapes."""
         out_features, in_features = quantized.codes.shape
         with torch.device("meta"):
             layer = cls(in_features, out_features, bits, in_features // quantized.scale.shape[1])
-        layer.packed, layer.scale, layer.offset = pack(quantized.codes, bits), quantized.scale, quantized.offset
+        layer.packed = pack(quantized.codes, bits)
+        layer.scale, layer.offset = quantized.scale, quantized.offset
         return layer
 
-    def forward(self, x):  # [..., I] -> [..., O]
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
         return quant_matmul(x, self.packed, self.scale, self.offset, self.bits)
 
-    def dequantize(self):
+    def dequantize(self) -> Tensor:
         """The weight [O, I] in float32."""
-        return dequantize(Quantized(unpack(self.packed, self.bits, self.in_features), self.scale, self.offset))
+        weight = self.packed, self.scale, self.offset, self.bits
+        return dense(*weight, self.in_features, torch.float32)
 
-    def extra_repr(self):
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
+    def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
+        shape = f"{self.in_features}, {self.out_features}"
+        return f"{shape}, bits={self.bits}, group_size={self.group_size}"
 
     def _apply(self, fn, recurse=True):
-        # .to(dtype) is for activations: as bytes, the buffers change their device but never their precision
+        # .to(dtype) is for activations: buffers move as bytes, so they never lose precision
         for name, buffer in self._buffers.items():
             self._buffers[name] = fn(buffer.view(torch.uint8)).view(buffer.dtype)
         return self
@@ -492,55 +445,72 @@ class QuantLinear(nn.Module):
 
 # ---- a whole model
 
-HEARS_WITH = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # same input, so the same Hessian
+SHARES_INPUT_OF = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 CALIBRATION_BATCH = 2048  # tokens that go through a block at once
 
 
-def quantize_model(model, bits, group_size, calibration_tokens=None, weights=None, search=True):
+def quantize_model(
+    model: Llama,
+    bits: int,
+    group_size: int,
+    calibration_tokens: Tensor | None = None,
+    search: bool = True,
+    load_block: Callable | None = None,
+) -> Llama:
     """Replaces the seven linear layers of every block by QuantLinears, in place; returns the model.
 
-    calibration_tokens: [N, T] for GPTQ, in sequence: each block is calibrated on the outputs of the blocks before it
-    as quantized; None means RTN. Embedding, norms and output head stay in float. `weights` (of `open_weights`): blocks
-    still on the meta device are read from there in their turn, so that no more than one is ever dense. `search` as in
-    `quantize_gptq`.
-    Raises UserError, naming the layer, when the group size does not divide its inputs or float16 cannot hold a scale.
+    calibration_tokens: [N, T] for GPTQ, block after block: each is calibrated on the outputs of the
+    quantized blocks before it. None means RTN. Embedding, norms and output head stay in float.
+    search: as in `quantize_gptq`. load_block(block, index) is called before a block's turn, to fill
+    a block on the meta device, so that no more than one need be in memory in float.
+    Raises UserError, naming the layer, when the group size does not divide its inputs or float16
+    cannot hold a scale.
     """
     check_group_size(model.config, group_size)
-    embedding = model.model.embed_tokens.weight
-    hidden = None
-    if calibration_tokens is not None:
-        rotary = rotary_table(model.config, torch.arange(calibration_tokens.shape[1], device=embedding.device))
-        batches = calibration_tokens.to(embedding.device).split(max(1, CALIBRATION_BATCH // calibration_tokens.shape[1]))
-        with torch.no_grad():
-            hidden = [model.model.embed_tokens(tokens) for tokens in batches]
-    label = f"quantizing to {bits} bits by {'RTN' if hidden is None else 'GPTQ'}"
+    hidden, rotary = embed_calibration(model, calibration_tokens)
+    label = f"quantizing to {bits} bits by {'GPTQ' if hidden else 'RTN'}"
     for i, block in enumerate(tqdm(model.model.layers, label, unit="block")):
-        if weights is not None:
-            fill(block, weights, f"model.layers.{i}.", embedding.dtype, embedding.device)
-        quantize_block(block, f"model.layers.{i}.", bits, group_size, hidden, rotary if hidden else None, search)
-        trim_heap()
+        if load_block:
+            load_block(block, i)
+        quantize_block(block, f"model.layers.{i}.", bits, group_size, hidden, rotary, search)
     return model
 
 
-def trim_heap():
-    """Gives freed memory back to the system. glibc would keep it, as holes between the results: as much again as they are."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+@torch.no_grad()
+def embed_calibration(
+    model: Llama, calibration_tokens: Tensor | None
+) -> tuple[list[Tensor] | None, tuple | None]:
+    """The first block's inputs, a list of [B, T, D], and the rotary table; (None, None) for RTN."""
+    if calibration_tokens is None:
+        return None, None
+    device = model.model.embed_tokens.weight.device
+    length = calibration_tokens.shape[1]
+    rotary = rotary_table(model.config, torch.arange(length, device=device))
+    batches = calibration_tokens.to(device).split(max(1, CALIBRATION_BATCH // length))
+    return [model.model.embed_tokens(tokens) for tokens in batches], rotary
 
 
 @torch.no_grad()
-def quantize_block(block, prefix, bits, group_size, hidden=None, rotary=None, search=True):
-    """Quantizes one block's linear layers in place, by GPTQ on the inputs `hidden` (a list of [B, T, D]) or by RTN.
+def quantize_block(
+    block: Block,
+    prefix: str,
+    bits: int,
+    group_size: int,
+    hidden: list[Tensor] | None = None,
+    rotary: tuple | None = None,
+    search: bool = True,
+):
+    """Quantizes a block's linear layers in place, by GPTQ on its inputs `hidden`, or by RTN.
 
-    `hidden` is advanced to the quantized block's outputs.
+    `hidden`, a list of [B, T, D], is advanced to the quantized block's outputs.
     """
     hessians = input_hessians(block, hidden, rotary) if hidden else {}
     for path, layer in linears(block):
         name = path.rpartition(".")[2]
         try:
             if hidden:
-                quantized = quantize_gptq(layer.weight, hessians[HEARS_WITH.get(name, name)], bits, group_size, search)
+                hessian = hessians[SHARES_INPUT_OF.get(name, name)]
+                quantized = quantize_gptq(layer.weight, hessian, bits, group_size, search)
             else:
                 quantized = quantize_rtn(layer.weight, bits, group_size)
         except UserError as e:
@@ -550,19 +520,23 @@ def quantize_block(block, prefix, bits, group_size, hidden=None, rotary=None, se
         hidden[i] = block(hidden[i], rotary)
 
 
-def input_hessians(block, hidden, rotary):
-    """{layer name: the mean of x xᵀ over its inputs x, float32 [I, I]} for the layers that have an input of their own."""
+def input_hessians(block: Block, hidden: list[Tensor], rotary: tuple) -> dict[str, Tensor]:
+    """{layer name: the mean of x x^T over its inputs x, float32 [I, I]} for each distinct input."""
     hessians = {}
+    tokens = sum(x.shape[0] * x.shape[1] for x in hidden)
 
-    def listen(name):
+    def accumulate_into(name):
         def add(layer, inputs):
             x = inputs[0].flatten(0, -2).float()  # [N, I]
             hessians[name] = hessians.get(name, 0) + x.t() @ x / tokens
+
         return add
 
-    tokens = sum(x.shape[0] * x.shape[1] for x in hidden)
-    named = {path.rpartition(".")[2]: layer for path, layer in block.named_modules()}
-    hooks = [named[n].register_forward_pre_hook(listen(n)) for n in LINEARS if n not in HEARS_WITH]
+    distinct = [name for name in LINEARS if name not in SHARES_INPUT_OF]
+    hooks = []
+    for path, layer in linears(block, distinct):
+        add = accumulate_into(path.rpartition(".")[2])
+        hooks.append(layer.register_forward_pre_hook(add))
     for x in hidden:
         block(x, rotary)
     for hook in hooks:
@@ -570,91 +544,55 @@ def input_hessians(block, hidden, rotary):
     return hessians
 
 
-def check_group_size(config, group_size):
-    """Raises UserError, naming the first layer, when `group_size` does not divide the inputs of every linear layer."""
-    for layer, inputs in (("self_attn.q_proj", config.hidden_size), ("mlp.down_proj", config.intermediate_size)):
+def check_group_size(config: LlamaConfig, group_size: int):
+    """Raises UserError, naming the layer, when a linear layer's inputs are no whole groups."""
+    widths = {
+        "self_attn.q_proj": config.hidden_size,
+        "mlp.down_proj": config.intermediate_size,
+    }
+    for layer, inputs in widths.items():
         if group_size < 1 or inputs % group_size:
-            fitting = [g for g in (2 ** k for k in range(9)) if config.hidden_size % g == config.intermediate_size % g == 0]
-            raise UserError(f"model.layers.0.{layer}: group size {group_size} does not divide its {inputs} inputs; "
-                            f"choose one of {', '.join(map(str, fitting))}")
+            sizes = (2**k for k in range(9))
+            fitting = [str(g) for g in sizes if all(width % g == 0 for width in widths.values())]
+            raise UserError(
+                f"model.layers.0.{layer}: group size {group_size} does not divide its {inputs} "
+                f"inputs; choose one of {', '.join(fitting)}"
+            )
 
 
-def quantized_skeleton(config, bits, group_size):
+def quantized_skeleton(config: LlamaConfig, bits: int, group_size: int) -> Llama:
     """A Llama on the meta device whose blocks have QuantLinears: shapes without memory."""
     with torch.device("meta"):
         model = Llama(config)
         for path, layer in linears(model):
-            model.set_submodule(path, QuantLinear(layer.in_features, layer.out_features, bits, group_size))
+            packed = QuantLinear(layer.in_features, layer.out_features, bits, group_size)
+            model.set_submodule(path, packed)
     return model
 
 
-# ---- the folder of a quantized model
-
-def save_quantized(model, folder, dtype=None, **origin):
-    """Writes a quantized model's config.json and model.safetensors into `folder` (new, or with other files in it).
-
-    config.json's `quantization` records bits, group size and what `origin` adds.
-    dtype: what embedding, norms and head are stored in, when not as they are.
-    """
-    folder = pathlib.Path(folder)
-    layer = next(m for m in model.modules() if hasattr(m, "group_size"))
-    tensors = {name: p.detach().to(dtype or p.dtype) for name, p in model.named_parameters()}  # tied ones once
-    tensors |= dict(model.named_buffers())
-    with written_whole(folder / "model.safetensors") as beside:
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, beside)
-    quantization = {"bits": layer.bits, "group_size": layer.group_size, **origin}
-    write_config(model.config, folder, {"quantization": quantization})
+def bits_per_weight(model: nn.Module) -> float:
+    """Bits that the blocks' linear layers and their adapters hold in memory, per weight."""
+    layers = [layer for _, layer in linears(model)]
+    bases = [getattr(layer, "base", layer) for layer in layers]
+    weights = sum(base.in_features * base.out_features for base in bases)
+    held = 0
+    for layer in layers:
+        held += sum(tensor.nbytes for tensor in layer.state_dict().values())
+    return 8 * held / weights
 
 
-def quantization_of(folder):
-    """The `quantization` entry of a model folder's config.json; None for a float model."""
-    path = pathlib.Path(folder) / "config.json"
-    if not path.exists():
-        return None  # Meta's original folders have none
-    quantization = read_json(path).get("quantization")
-    if quantization is None:
-        return None
-    if not isinstance(quantization, dict):
-        raise UserError(f"{path}: quantization = {json.dumps(quantization)} says nothing of bits and group size")
-    bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    if bits not in (2, 3, 4) or type(bits) is not int or type(group_size) is not int:
-        raise UserError(f"{path}: quantization to {bits} bits in groups of {group_size} is not supported")
-    return quantization
+# ---- files: these two doors lead to formats/, which imports this module
 
 
-def load_quantized(folder, dtype=None, device="cpu"):
-    """The Llama in a folder written by `save_quantized`; on the CPU its tensors stay memory-mapped files.
+def save_quantized(model: Llama, folder, dtype: torch.dtype | None = None, **origin):
+    """Writes a quantized model into a folder; see `formats/quantized.py`."""
+    from formats.quantized import save_quantized as save
 
-    dtype: what embedding, norms and head are cast to. Raises UserError when the folder is not a quantized model, or a
-    tensor is missing, superfluous or of another shape.
-    """
-    folder = pathlib.Path(folder)
-    quantization = quantization_of(folder)
-    if quantization is None:
-        raise UserError(f"{folder} holds no quantized model; make one with train.py --weights {folder} --data FILE")
-    config, file = read_config(folder), folder / "model.safetensors"
-    bits, group_size = quantization["bits"], quantization["group_size"]
-    check_group_size(config, group_size)
-    return load_tensors(quantized_skeleton(config, bits, group_size), file, dtype, device)
+    save(model, folder, dtype, **origin)
 
 
-def load_tensors(model, file, dtype, device):
-    """Gives a model on the meta device the tensors in `file`; arguments and errors as for `load_quantized`."""
-    tensors = {name: stored.read() for name, stored in open_file(file).items()}
-    for name, t in tensors.items():
-        if t.is_floating_point() and not all_finite(t):
-            raise UserError(f"{file}: tensor {name} has NaN or infinite values")
-    buffers = dict(model.named_buffers())
-    wanted = {**dict(model.named_parameters()), **buffers}  # tied weights appear once
-    for name in sorted(wanted.keys() | tensors.keys()):
-        kinds = [(*t[name].shape, "float" if t[name].is_floating_point() and name not in buffers else t[name].dtype)
-                 if name in t else None for t in (wanted, tensors)]
-        if kinds[0] != kinds[1]:
-            raise UserError(f"{file}: {name} is {kinds[1] or 'missing'} where {kinds[0] or 'no such tensor'} belongs; "
-                            "quantize the model again")
-    if model.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, assign=True)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(False).to(device, dtype)
+def load_quantized(folder, dtype: torch.dtype | None = None, device: str = "cpu") -> Llama:
+    """Reads the folder of a quantized model; see `formats/quantized.py`."""
+    from formats.quantized import load_quantized as load
+
+    return load(folder, dtype, device)
