@@ -1,0 +1,285 @@
+"""A run's base/: the quantized model beside which adapters are trained, made once and recognised.
+
+base/made_from.json says of which weights, with which tokenizer and how the base was made. While
+that still holds, the base is not made again.
+"""
+
+import hashlib
+import json
+import pathlib
+import random
+import shutil
+from collections.abc import Callable
+
+import torch
+from baselines import quantize_model_nf4
+
+import formats
+from cli.errors import UserError
+from cli.files import written_whole
+from cli.machine import compute_dtype, trim_heap
+from cli.runs import checkpoints, newest_checkpoint
+from cli.settings import Settings, config_of, save_settings
+from cli.toy import TOY_BASE, pretrain, toy_documents
+from formats.files import fill, weight_files
+from formats.huggingface import save_pretrained
+from formats.quantized import save_quantized
+from llama import Block, Llama
+from quant import quantize_model
+from text.batches import calibration_windows
+from text.instructions import Record, read_records
+from text.tokenizer import load_tokenizer
+from text.toy import World, make_world
+
+
+def prepare(settings: Settings, world: World | None, records: list[Record]):
+    """What one process does for all: the run's folder, the tiny model where wanted, the base.
+
+    Raises UserError for what would go wrong later: weights, disk room, an unfinished earlier run.
+    """
+    out = pathlib.Path(settings.out)
+    check_unfinished(settings, out)
+    needs_pretraining = not settings.weights and (
+        settings.fresh or not (TOY_BASE / "config.json").exists()
+    )
+    made = not needs_pretraining and base_is_made(settings)
+    if settings.weights and not made:
+        formats.check(settings.weights)
+    check_room(settings, made)
+    texts = None  # read now, as their file may be refused
+    if uses_gptq(settings) and not made:
+        texts = calibration_texts(settings.calibration, world, records)
+    remove_leftovers(out)
+    finished = (out / "adapter").exists()
+    if not (settings.resume or finished):  # now, so that --resume works if what follows is cut off
+        start_anew(settings)
+    if needs_pretraining:
+        pretrain(make_world(), TOY_BASE)
+        made = base_is_made(settings)  # the same seed makes the same model
+    if not made:
+        make_base(settings, texts)
+    if finished and not settings.resume:  # a finished run stays until the new base is there
+        start_anew(settings)
+
+
+def check_unfinished(settings: Settings, out: pathlib.Path):
+    """Raises UserError where a run in the folder would be lost, or is further than --steps."""
+    newest = newest_checkpoint(out)
+    if newest is None:
+        return
+    if settings.resume and int(newest.name[5:]) > settings.steps:
+        raise UserError(
+            f"--steps {settings.steps}: {newest} has gone further already; give a larger number"
+        )
+    finished = (out / "adapter").exists()
+    if settings.weights and not (finished or settings.resume or settings.fresh):
+        raise UserError(
+            f"{out} holds an unfinished run: go on with --resume, or remove {newest} to start "
+            "anew, or choose another --out"
+        )
+
+
+def remove_leftovers(out: pathlib.Path):
+    """Removes what a run that was killed while it wrote has left."""
+    for leftover in [*out.glob(".*.unfinished"), *out.glob(".*.old")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def start_anew(settings: Settings):
+    """Clears an earlier run away, but keeps its adapter as previous-adapter/; writes run.json."""
+    out = pathlib.Path(settings.out)
+    for folder in checkpoints(out):  # renamed first: half a folder is no checkpoint
+        shutil.rmtree(folder.rename(out / f".{folder.name}.unfinished"))
+    if (out / "adapter").exists():
+        shutil.rmtree(out / "previous-adapter", ignore_errors=True)
+        (out / "adapter").rename(out / "previous-adapter")
+    save_settings(settings)
+
+
+# ---- is it there already?
+
+
+def source_of(settings: Settings) -> pathlib.Path:
+    """The weights that the base is made of."""
+    return pathlib.Path(settings.weights or TOY_BASE)
+
+
+def uses_gptq(settings: Settings) -> bool:
+    """Whether making the base takes calibration."""
+    if settings.method != "qalora" or settings.quantizer != "gptq":
+        return False
+    return not settings.weights or formats.quantization_of(settings.weights) is None
+
+
+def made_from(settings: Settings) -> str:
+    """The text of made_from.json for a base with these settings."""
+    source = source_of(settings)
+    tokenizer = load_tokenizer(settings.tokenizer or source).serialized_model_proto()
+    record = {
+        "method": settings.method,
+        "source": formats.fingerprint(source),
+        "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+    }
+    if settings.method == "qalora":
+        for name in ("bits", "group_size", "quantizer"):
+            record[name] = getattr(settings, name)
+    if uses_gptq(settings):
+        record["calibration"] = None  # the training data, whatever they are
+        if settings.calibration:
+            content = pathlib.Path(settings.calibration).read_bytes()
+            record["calibration"] = hashlib.sha256(content).hexdigest()
+        record["calibration_tokens"] = settings.calibration_tokens
+    return json.dumps(record, indent=2) + "\n"
+
+
+def base_is_made(settings: Settings) -> bool:
+    """Whether the run's base/ is there and was made from the same weights in the same way.
+
+    Raises UserError when a run that is to be resumed was trained over another base.
+    """
+    out = pathlib.Path(settings.out)
+    record = out / "base" / "made_from.json"
+    if settings.fresh or not record.exists():
+        return False
+    if record.read_bytes() == made_from(settings).encode():
+        print(f"base: {out}/base is already made from these weights in this way")
+        return True
+    if settings.resume and newest_checkpoint(out):
+        raise UserError(
+            f"{source_of(settings)}, its tokenizer, the calibration or run.json has changed since "
+            f"{out}/base was made, so the run cannot go on; put the old files back, or remove "
+            f"{out}/step-* and start without --resume"
+        )
+    print(f"base: {out}/base was made from other weights or in another way; making it anew")
+    return False
+
+
+# ---- making it
+
+
+def make_base(settings: Settings, texts: list[str] | None):
+    """Writes the run's base/, quantized by GPTQ on `texts` where that is wanted."""
+    source = source_of(settings)
+    record = made_from(settings)  # of the weights as they are now
+    tokenizer = load_tokenizer(settings.tokenizer or source)
+    with written_whole(pathlib.Path(settings.out) / "base") as folder:
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
+        if formats.quantization_of(source) is not None:
+            formats.import_base(source, folder)
+        else:
+            quantize_into(folder, source, settings, texts, tokenizer)
+        (folder / "made_from.json").write_text(record)
+
+
+def quantize_into(folder: pathlib.Path, source: pathlib.Path, settings: Settings, texts, tokenizer):
+    """Writes float weights as the base of a method: float for lora, NF4 for qlora, else codes.
+
+    Blocks are read one after another, so that no more than one is in memory in float.
+    """
+    config, weights = formats.open_weights(source)
+    with torch.device("meta"):
+        model = Llama(config)
+    if settings.method == "lora":
+        save_pretrained(fill(model, weights), folder)
+        return
+    stored = weights["model.embed_tokens.weight"]().dtype
+    dtype = compute_dtype(stored, settings.device)
+    fill_all_but_blocks(model, weights, dtype, settings.device)
+    load_block = block_loader(weights, dtype, settings.device)
+    if settings.method == "qlora":
+        quantize_model_nf4(model, load_block)
+        save_quantized(model, folder, stored, quantizer="nf4")
+        return
+    calibration = None
+    if settings.quantizer == "gptq":
+        context = config.max_position_embeddings
+        calibration = calibration_windows(texts, tokenizer, context, settings.calibration_tokens)
+    bits, group_size = settings.bits, settings.group_size
+    quantize_model(model, bits, group_size, calibration, load_block=load_block)
+    save_quantized(model, folder, stored, quantizer=settings.quantizer)
+
+
+def fill_all_but_blocks(model: Llama, weights: dict, dtype: torch.dtype, device: str):
+    """Reads embedding, last norm and output head into a model on the meta device."""
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        if f"{name}.weight" in weights:
+            fill(model.get_submodule(name), weights, f"{name}.", dtype, device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def block_loader(weights: dict, dtype: torch.dtype, device: str) -> Callable[[Block, int], None]:
+    """A function that reads one block, for `quantize_model`."""
+
+    def load_block(block, index):
+        trim_heap()  # gives back what the block before it has used
+        fill(block, weights, f"model.layers.{index}.", dtype, device)
+
+    return load_block
+
+
+def calibration_texts(
+    calibration: str | None, world: World | None, records: list[Record]
+) -> list[str]:
+    """What GPTQ is calibrated on: a file, else the toy world's texts, else the training data."""
+    if world and not calibration:
+        return toy_documents(world)
+    records = read_records(calibration)[0] if calibration else list(records)
+    random.Random(0).shuffle(records)
+    return [f"{r.prompt} {r.response}".strip() for r in records]
+
+
+# ---- room on the disk
+
+
+def check_room(settings: Settings, base_is_made: bool):
+    """Raises UserError when the disk cannot hold base (unless made), checkpoints and result.
+
+    Old checkpoints count as room, as new ones replace them; an old base does not.
+    """
+    out = pathlib.Path(settings.out)
+    with torch.device("meta"):
+        model = Llama(config_of(settings))
+    base = 0 if base_is_made else base_bytes(settings, model)
+    adapter_and_state = 2 * 3 * adapter_bytes(settings, model)  # twice; AdamW has two moments
+    replaced = 0
+    for folder in (*checkpoints(out), out / "previous-adapter"):
+        replaced += sum(file.stat().st_size for file in folder.glob("*"))
+    need = base + max(0, adapter_and_state - replaced)
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise UserError(
+            f"--out {out} has {free / 1e9:.3f} GB free where the run may need {need / 1e9:.3f} GB; "
+            "choose a disk with more room"
+        )
+
+
+def base_bytes(settings: Settings, model: Llama) -> float:
+    """About how large base/ becomes."""
+    source = source_of(settings)
+    if settings.weights and source.is_dir():
+        copied = settings.method == "lora" or formats.quantization_of(source) is not None
+        if copied:
+            return sum(file.stat().st_size for file in weight_files(source))
+    block_weights = sum(p.numel() for p in model.model.layers.parameters())
+    other_weights = sum(p.numel() for p in model.parameters()) - block_weights
+    in_groups = settings.bits / 8 + 6 / settings.group_size  # a scale has 2 bytes, an offset 4
+    bytes_per_weight = {"qalora": in_groups, "qlora": 4.127 / 8, "lora": 4}[settings.method]
+    copies = 2 if source.is_file() else 1  # a file's own embedding and head are stored as well
+    return block_weights * bytes_per_weight + 4 * copies * other_weights
+
+
+def adapter_bytes(settings: Settings, model: Llama) -> int:
+    """How large an adapter is, in float32."""
+    pooled = settings.group_size if settings.method == "qalora" else 1
+    targets = settings.targets.split(",")
+    numbers = 0
+    for name, p in model.named_parameters():
+        if name.split(".")[-2] in targets:
+            outputs, inputs = p.shape
+            numbers += settings.rank * (outputs + inputs // pooled)
+    return 4 * numbers

@@ -1,0 +1,388 @@
+"""The settings of train.py: what each means, what it defaults to, and every quick check.
+
+Settings come from three places: the command line, run.json of the run that is resumed, and the
+recipe. `read_settings` is the one place where they meet.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+import torch
+
+import formats
+from cli import machine
+from cli.errors import Parser, UserError, positive, require_matplotlib
+from cli.files import read_json, written_whole
+from cli.machine import check_device, default_device
+from llama import CONFIGS, LINEARS, LlamaConfig
+from qalora import check_targets
+from quant import check_group_size
+from text.tokenizer import load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run. run.json holds all but the last three."""
+
+    model: str | None  # a name in llama.CONFIGS that the weights must match; None takes any
+    weights: str | None  # a model folder or file; None means the tiny model of the toy world
+    tokenizer: str | None  # a tokenizer file, where the weights have none
+    data: str | None  # a file of instructions or text; None means the toy world
+    calibration: str | None  # a file for GPTQ; None means the training data
+    calibration_tokens: int  # how many tokens of it at most
+    out: str  # the run's folder
+    method: str  # "qalora", or a baseline: "lora" or "qlora"
+    bits: int  # of a code: 2, 3 or 4
+    group_size: int  # inputs that share a scale and an offset
+    quantizer: str  # "gptq", or "rtn": rounding to nearest
+    rank: int  # of the adapters
+    alpha: float  # adapters are scaled by alpha / rank
+    targets: str  # names of the adapted linear layers, with commas between them
+    lr: float  # learning rate, constant
+    clip: float  # a gradient with a greater norm is scaled down to this norm
+    steps: int  # optimizer steps
+    batch_size: int  # examples in a step, over all processes
+    micro_batch_size: int  # examples that go through the model at once on one device
+    max_length: int  # tokens of an example; a longer one loses its end
+    checkpointing: int  # 1: recompute each block in the backward pass, to save memory
+    paged_optimizer: int  # 1: AdamW's state pages out to host memory (CUDA only)
+    save_every: int  # steps between checkpoints
+    seed: int  # decides the adapters' first values and the order of the data
+    device: str  # as PyTorch names it: cpu, cuda, cuda:1
+    resume: bool = False  # go on from the newest checkpoint
+    fresh: bool = False  # make the tiny model and the quantized base again
+    plot: bool = False  # draw the loss at the end
+
+
+TOY = dict(
+    rank=8, lr=1.5e-3, clip=1.0, steps=400, batch_size=32, micro_batch_size=32, max_length=256
+)
+REAL = dict(  # the paper's, section 4.1
+    rank=64, lr=2e-5, clip=0.3, steps=10_000, batch_size=16, micro_batch_size=4, max_length=512
+)
+# What may differ when a run is resumed: none of it changes what a step learns, but for rounding
+CHANGEABLE = (
+    "out",
+    "steps",
+    "device",
+    "micro_batch_size",
+    "checkpointing",
+    "save_every",
+    "weights",
+    "tokenizer",
+    "data",
+    "calibration",
+)
+THIS_START = ("resume", "fresh", "plot")
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+MISSING_WEIGHTS = """\
+LLaMA weights are to be had from Meta (llama.com) or, once its licence is accepted, from
+huggingface.co/meta-llama. Put config.json, tokenizer.model and the .safetensors files (or Meta's
+own files) into one folder, then type:
+    python train.py --model {model} --weights FOLDER --data alpaca.json --out runs/{model}"""
+
+
+def option_parser(description: str) -> Parser:
+    """The options of train.py. None has a default: what is not typed comes from elsewhere."""
+    parser = Parser(prog="train.py", description=description)
+    add = parser.add_argument
+    size, number = positive(int), positive(float)
+    names = " ".join(CONFIGS)
+    add("--model", help=f"tiny (default without --weights), or the weights' size: {names}")
+    add("--weights", help="a LLaMA: a folder (Hugging Face, Meta, merged) or a Q4_1 .gguf file")
+    add("--tokenizer", help="its sentencepiece model, where the weights' folder has none")
+    add("--data", help="instructions (JSON, JSONL; see text/instructions.py) or plain text")
+    add("--calibration", help="text or instructions for GPTQ (default: the training data)")
+    add("--calibration-tokens", type=size, help="tokens of it at most (262144: 128 x 2048)")
+    add("--out", help="the folder of the run (runs/MODEL)")
+    add("--method", choices=["qalora", "lora", "qlora"], help="qalora, or one of the baselines")
+    add("--bits", type=int, choices=[2, 3, 4], help="bits of a code (4)")
+    add("--group-size", type=size, help="inputs that share a scale and an offset (32)")
+    add("--quantizer", choices=["gptq", "rtn"], help="gptq (the default), or rounding to nearest")
+    add("--rank", type=size, help="rank of the adapters (64; tiny: 8)")
+    add("--alpha", type=number, help="the adapters are scaled by alpha / rank (16)")
+    add("--targets", help="the layers that get one, such as q_proj,v_proj (all seven)")
+    add("--lr", type=number, help="learning rate, constant (2e-5, above 13b 1e-5; tiny: 1.5e-3)")
+    add("--clip", type=number, help="greatest norm of a step's gradient (0.3; tiny: 1)")
+    add("--steps", type=size, help="steps of fine-tuning (10000; tiny: 400)")
+    add("--batch-size", type=size, help="records in a step, over all processes (16; tiny: 32)")
+    add("--micro-batch-size", type=size, help="records at once on one device (4; tiny: 32)")
+    add("--max-length", type=size, help="tokens of a record at most (512; tiny: 256)")
+    add("--checkpointing", type=int, choices=[0, 1], help="1: recompute blocks, to save memory")
+    add("--paged-optimizer", type=int, choices=[0, 1], help="1: AdamW's state in paged memory")
+    add("--save-every", type=size, help="steps between checkpoints (100)")
+    add("--seed", type=int, help="decides the adapters' first values and the data's order (0)")
+    add("--device", help="cpu or cuda (cuda where there is one)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--fresh", action="store_true", help="make the tiny model and the quantized base again")
+    add("--plot", action="store_true", help="draw the loss to loss.png (needs matplotlib)")
+    return parser
+
+
+def read_settings(description: str) -> Settings:
+    """The settings of this start: the command line, else run.json (with --resume), else the recipe.
+
+    Raises UserError for anything wrong that can be seen before the first slow stage.
+    """
+    parser = option_parser(description)
+    given = typed(parser.parse_args())
+    for name, value in given.items():
+        if value == "":  # such as an unset variable of the shell
+            raise UserError(f"{option(name)} is empty; give it a value or leave it out")
+    this_start = {name: given.pop(name) for name in THIS_START}
+    if this_start["resume"] and this_start["fresh"]:
+        raise UserError("--resume goes on with what --fresh would make anew; leave out one of them")
+    if this_start["plot"]:
+        require_matplotlib()
+    values = resumed(given, parser) if this_start["resume"] else {**recipe(given), **given}
+    settings = Settings(**values, **this_start)
+    check(settings)
+    for name in ("bits", "group_size", "quantizer"):
+        if name in given and settings.method != "qalora":
+            raise UserError(
+                f"{option(name)} means nothing to --method {settings.method}; leave it out"
+            )
+    if settings.paged_optimizer and not settings.device.startswith("cuda"):
+        print(f"--paged-optimizer: nothing to page on {settings.device}; plain AdamW is used")
+        settings = dataclasses.replace(settings, paged_optimizer=0)
+    return settings
+
+
+def typed(arguments: argparse.Namespace) -> dict:
+    """What was typed on the command line."""
+    return {name: value for name, value in vars(arguments).items() if value is not None}
+
+
+def option(name: str) -> str:
+    """The option of a setting: "group_size" is "--group-size"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def recipe(given: dict) -> dict:
+    """All settings by default: for real weights the paper's, with its lower rate above 13b."""
+    model = given.get("model") or (None if "weights" in given else "tiny")
+    if model not in (None, *CONFIGS):
+        raise UserError(f"unknown --model {model}; choose one of {', '.join(CONFIGS)}")
+    values = dict(
+        model=model,
+        weights=given.get("weights"),
+        tokenizer=None,
+        data=None,
+        calibration=None,
+        calibration_tokens=2**18,
+        out=default_out(given),
+        method="qalora",
+        bits=4,
+        group_size=32,
+        quantizer="gptq",
+        alpha=16.0,
+        targets=",".join(LINEARS),
+        checkpointing=0,
+        paged_optimizer=0,
+        save_every=100,
+        seed=0,
+        device=default_device(),
+    )
+    if model == "tiny" and not values["weights"]:
+        return {**values, **TOY}
+    weights = values["weights"] = values["weights"] or f"weights/{model}"
+    if not pathlib.Path(weights).exists():
+        if weights.endswith(".gguf"):
+            raise UserError(f"--weights {weights}: there is no such file")
+        print(MISSING_WEIGHTS.format(model=model or "7b"), file=sys.stderr)
+        raise UserError(
+            f"there are no weights in {weights}; see above where to get them and what to type"
+        )
+    values |= {**REAL, "checkpointing": 1}
+    kept = formats.quantization_of(weights) or {}
+    values |= {name: kept[name] for name in ("bits", "group_size") if name in kept}
+    config = formats.read_config(weights)
+    if config.hidden_size > CONFIGS["13b"].hidden_size:
+        values["lr"] = 1e-5
+    values["max_length"] = min(values["max_length"], config.max_position_embeddings)
+    return values
+
+
+def default_out(given: dict) -> str:
+    """The run's folder without --out: named after the size, or else after the weights."""
+    if "weights" in given and "model" not in given:
+        return f"runs/{pathlib.Path(given['weights']).resolve().name.removesuffix('.gguf')}"
+    return f"runs/{given.get('model', 'tiny')}"
+
+
+def resumed(given: dict, parser: Parser) -> dict:
+    """The settings in run.json; only those in CHANGEABLE may be given another value.
+
+    The learning rate is constant, so more steps are more of the same. Files may have moved:
+    weights, tokenizer and examples are recognised by their contents.
+    """
+    path = pathlib.Path(given.get("out") or default_out(given)) / "run.json"
+    if not path.exists():
+        raise UserError(
+            f"nothing to resume: there is no {path}; start without --resume, or name the run "
+            "with --out"
+        )
+    try:
+        values = read_json(path)
+        needed = {name for name, value in recipe({"model": "tiny"}).items() if value is not None}
+        missing = [name for name in sorted(needed - {"model"}) if values.get(name) is None]
+        if missing:
+            raise ValueError(f"it lacks {missing[0]}")
+        words = [f"{option(name)}={v}" for name, v in values.items() if v is not None]
+        values |= typed(parser.parse_args(words))
+        for name in THIS_START:
+            values.pop(name)
+    except (ValueError, UserError) as e:
+        raise UserError(
+            f"{path} is damaged ({e}); remove {path.parent}/step-* and start without --resume"
+        ) from e
+    for name, value in given.items():
+        if name not in CHANGEABLE and values.get(name) != value:
+            raise UserError(
+                f"{option(name)} {value} contradicts {path}, which says {values.get(name)}; leave "
+                f"it out, or remove {path.parent}/step-* and start without --resume"
+            )
+    return {**values, **given, "out": str(path.parent)}
+
+
+# ---- run.json
+
+
+def as_text(settings: Settings) -> str:
+    """What run.json holds of the settings."""
+    values = dataclasses.asdict(settings)
+    kept = {name: value for name, value in values.items() if name not in THIS_START}
+    return json.dumps(kept, indent=2) + "\n"
+
+
+def save_settings(settings: Settings):
+    """Writes run.json, from which --resume reads what the command line does not say."""
+    with written_whole(pathlib.Path(settings.out) / "run.json") as beside:
+        beside.write_text(as_text(settings))
+
+
+# ---- checks
+
+
+def config_of(settings: Settings) -> LlamaConfig:
+    """The dimensions of the model that is fine-tuned."""
+    return formats.read_config(settings.weights) if settings.weights else CONFIGS["tiny"]
+
+
+def check(settings: Settings):
+    """Raises UserError for settings that cannot work."""
+    config = config_of(settings)
+    check_size(settings, config)
+    if settings.method == "qalora":
+        check_group_size(config, settings.group_size)
+    if settings.weights:
+        check_quantized_weights(settings)
+    check_targets(settings.targets.split(","))
+    if settings.weights and not settings.data:
+        raise UserError("--data FILE is missing: instructions to fine-tune on, such as alpaca.json")
+    for name in ("data", "calibration"):
+        file = getattr(settings, name)
+        if file and not pathlib.Path(file).is_file():
+            raise UserError(f"{option(name)} {file}: there is no such file")
+    if not 0 <= settings.seed < 2**63:
+        raise UserError(f"--seed {settings.seed} is not between 0 and 2**63")
+    if settings.batch_size % machine.WORLD:
+        raise UserError(
+            f"--batch-size {settings.batch_size} cannot be shared by {machine.WORLD} processes; "
+            "use a multiple"
+        )
+    take_device(settings.device)
+    check_tokenizer(settings, config)
+    check_writable(pathlib.Path(settings.out))
+
+
+def check_size(settings: Settings, config: LlamaConfig):
+    """Raises UserError when the weights are not of the size --model, or their context too short."""
+    for name in SIZES:
+        expected, found = getattr(CONFIGS.get(settings.model, config), name), getattr(config, name)
+        if found != expected:
+            raise UserError(
+                f"--model {settings.model} has {name} {expected}, but {settings.weights} has "
+                f"{found}; leave out --model, or name the right --weights"
+            )
+    if settings.max_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max-length {settings.max_length} is more than the model's context of "
+            f"{config.max_position_embeddings} tokens; lower it"
+        )
+
+
+def check_quantized_weights(settings: Settings):
+    """Raises UserError when weights that are quantized already contradict the settings."""
+    kept = formats.quantization_of(settings.weights)
+    if kept is None:
+        return
+    if kept.get("quantizer") == "nf4":
+        raise UserError(
+            f"{settings.weights} is quantized to NF4, whose values have no offset to train; "
+            "name the float model"
+        )
+    bits, group_size = kept.get("bits"), kept.get("group_size")
+    if (settings.method, settings.bits, settings.group_size) != ("qalora", bits, group_size):
+        raise UserError(
+            f"{settings.weights} is quantized already, to {bits} bits in groups of {group_size}: "
+            "leave out --method, --bits and --group-size"
+        )
+
+
+def take_device(device: str):
+    """Gives this process a GPU of its own; raises UserError where the device cannot be used."""
+    if device == "cuda" and torch.cuda.is_available():
+        gpu = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
+        if gpu >= torch.cuda.device_count():
+            raise UserError(
+                f"process {gpu} has no GPU: there are {torch.cuda.device_count()}; "
+                "lower --nproc_per_node"
+            )
+        torch.cuda.set_device(gpu)  # before anything is computed on "cuda"
+    check_device(device)
+
+
+def check_tokenizer(settings: Settings, config: LlamaConfig):
+    """Raises UserError when the tokenizer is missing or does not belong to the weights."""
+    if not (settings.weights or settings.tokenizer):
+        return  # the tiny model's is still to be made
+    source = settings.tokenizer or settings.weights
+    if not settings.tokenizer and pathlib.Path(settings.weights).is_file():
+        raise UserError(
+            f"{source} needs --tokenizer FILE, the sentencepiece model that belongs to it"
+        )
+    tokenizer = load_tokenizer(source)
+    pieces = tokenizer.vocab_size()
+    if pieces > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {pieces} pieces, but "
+            f"{settings.weights or 'the tiny model'} has an embedding (model.embed_tokens.weight) "
+            f"for {config.vocab_size}: they do not belong together; name the right one with "
+            "--tokenizer"
+        )
+    if settings.weights:
+        formats.check_tokenizer(settings.weights, tokenizer)
+
+
+def check_writable(out: pathlib.Path):
+    """Makes the run's folder; raises UserError when it cannot be written."""
+    probe = out / ".writable"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another process may have been faster
+    except OSError as e:
+        raise UserError(
+            f"--out {out} cannot be written ({e.strerror}); choose another folder"
+        ) from e
