@@ -7,8 +7,8 @@
 
 A run is a folder: run.json (every setting), base/ (the quantized model), step-N/ (a checkpoint),
 adapter/ (the result), metrics.jsonl (a line a step), results.json. A step's batch is a function of
-the settings and the step alone, and nothing else is drawn at random. So a resumed run goes on to the
-same bits, and several processes only share the work.
+the settings and the step alone, and nothing else is drawn at random. So a resumed run goes on to
+the same bits, and several processes only share the work.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ def accumulate_gradients(
 
 
 def adamw(parameters: Sequence[nn.Parameter], lr: float, paged: bool) -> torch.optim.Optimizer:
-    """AdamW without weight decay; `paged`: its two moments live in memory that a GPU can page out."""
+    """AdamW without weight decay. paged: its two moments live in memory that a GPU pages out."""
     if not paged:
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     try:

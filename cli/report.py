@@ -1,4 +1,4 @@
-"""What a run shows at its end: is the merged model the adapted one to the bit, and how good is it?"""
+"""What a run shows at its end: whether merging kept every bit, and how good the model is."""
 
 import hashlib
 import json
@@ -82,10 +82,8 @@ def finish_toy(settings: Settings, model: nn.Module, tokenizer, world: World) ->
     save_merged(model, out, out / "merged")
     rows.append(score(f"merged {name}", model, tokenizer, world, [out / "merged"]))
     after = evals.answers(model, tokenizer, prompts, 24)
-    verdict = (
-        "bit-identical to the adapted model's" if identical else "NOT the adapted model's bits"
-    )
-    print(f"\nmerged logits on all {len(test)} test questions: {verdict}")
+    verdict = "bit-identical to" if identical else "NOT the same bits as"
+    print(f"\nmerged logits on all {len(test)} test questions: {verdict} the adapted model's")
     print(f"\n{table(rows)}\n")
     samples = show_answers(questions, before, after)
     show_next(settings, out, samples[0]["question"])
