@@ -1,8 +1,8 @@
-"""The one place where a packed matrix is multiplied: Triton on a GPU, pieces of the matrix on a CPU.
+"""Where a packed matrix is multiplied: by Triton kernels on a GPU, in pieces on a CPU.
 
-quant.py hands in its plain `dense(packed, scale, offset, bits, in_features, dtype) -> w [O, I]`. On a
-CPU the weight is dequantized and multiplied a piece at a time, so that it is never dense as a whole;
-where much is dequantized, torch.compile makes that one pass (`kernels/compiled.py`). All of this
+quant.py hands in its plain `dense(packed, scale, offset, bits, in_features, dtype) -> w [O, I]`.
+On a CPU the weight is dequantized and multiplied a piece at a time, so it is never dense as a
+whole; where much is dequantized, torch.compile makes that one pass (`kernels/compiled.py`). All of this
 gives the same numbers as `x @ dense(...)^T`, and can be left out.
 
 Dimension key: O outputs, I inputs, G groups, N tokens.
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from kernels import compiled
 
-DENSE_AT_A_TIME = (
-    2**24
-)  # bytes: smaller matmuls take longer a weight; glibc maps 32 MB anew each time
+DENSE_AT_A_TIME = 2**24  # bytes; less is slower a weight, and glibc maps 32 MB anew each time
 IN_CACHE = 2**20  # weights: 4 MB in float32 and 1 MB of codes
 FEW_TOKENS = 8  # up to here, by count, unpacking for each token costs less than unpacking once
 COMPILE_AFTER = 2**34  # weights; dequantizing them takes some seconds, as compiling does
@@ -62,8 +60,8 @@ def input_gradient(
     """gy @ w, [N, I] in gy's dtype.
 
     Pieces are columns of w here: adding up what pieces of rows give would round a sum again and
-    again. The bytes at one place of each plane are a packing too, of the codes at that place in each
-    plane. Where a group lies in two planes, w is dequantized as a whole.
+    again. The bytes at one place of each plane are a packing too, of the codes at that place in
+    each plane. Where a group lies in two planes, w is dequantized as a whole.
     """
     planes, group_size = plane_count(bits), in_features // scale.shape[1]
     triton = triton_for(gy_NO)
@@ -99,7 +97,7 @@ def dense_piece(
     dtype: torch.dtype,
     dense: Callable,
 ) -> Tensor:
-    """`dense`, to the bit: compiled where that pays, else as many rows at a time as a cache holds."""
+    """`dense`, to the bit: compiled where that pays, else a cacheful of rows at a time."""
     wide = torch.promote_types(dtype, torch.float32)
     weights = len(packed) * in_features
     group_size = in_features // scale.shape[1]
@@ -112,9 +110,9 @@ def dense_piece(
         return dense(packed, scale, offset, bits, in_features, dtype)
     w_OI = torch.empty(len(packed), in_features, dtype=dtype, device=packed.device)
     rows = max(1, IN_CACHE // in_features)
-    parts = zip(w_OI.split(rows), packed.split(rows), scale.split(rows), offset.split(rows))
-    for w, *part in parts:
-        w.copy_(dense(*part, bits, in_features, wide))
+    for start in range(0, len(packed), rows):
+        part = slice(start, start + rows)
+        w_OI[part] = dense(packed[part], scale[part], offset[part], bits, in_features, wide)
     return w_OI
 
 
