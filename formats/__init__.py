@@ -1,0 +1,115 @@
+"""Model files in and out: `load_model(path)` takes whatever is at `path`.
+
+A format is a module in this folder and a line in `_formats`; nobody else learns of it. It has
+
+    matches(path)           whether `path` is in this format
+    read_config(path)       its LlamaConfig
+    quantization_of(path)   {"bits", "group_size", ...}, or None for float weights
+    check(path)             raises UserError for what is missing or misshapen, before slow work
+    load_model(path, dtype, device)
+
+and, so that it can be fine-tuned,
+
+    open_weights(path)          float weights: (config, {parameter name: a function that reads it})
+    import_base(path, folder)   quantized ones: writes a folder of our own, without the tokenizer
+    check_tokenizer(path, tokenizer)   only where the file has a vocabulary to compare with
+
+A run of train.py is accepted wherever a model is.
+"""
+
+import pathlib
+from types import ModuleType
+
+import torch
+
+from cli.errors import UserError
+from formats import gguf, huggingface, meta, quantized
+from formats.files import fingerprint
+from llama import Llama, LlamaConfig
+
+__all__ = [
+    "check",
+    "check_tokenizer",
+    "fingerprint",
+    "format_of",
+    "import_base",
+    "load_model",
+    "load_pretrained",
+    "open_weights",
+    "quantization_of",
+    "read_config",
+]
+
+FORMATS = (gguf, quantized, huggingface, meta)  # the first that matches is the one
+
+
+def format_of(path: str | pathlib.Path) -> ModuleType:
+    """The module for what is at `path`; UserError if there is none."""
+    path = pathlib.Path(path)
+    for module in FORMATS:
+        if module.matches(path):
+            return module
+    raise UserError(
+        f"{path}: found neither config.json (Hugging Face) nor params.json (Meta); name a folder "
+        "with LLaMA weights"
+    )
+
+
+def read_config(path: str | pathlib.Path) -> LlamaConfig:
+    """The dimensions of the model at `path`."""
+    return format_of(path).read_config(pathlib.Path(path))
+
+
+def quantization_of(path: str | pathlib.Path) -> dict | None:
+    """Bits, group size and more of quantized weights; None for float ones."""
+    return format_of(path).quantization_of(pathlib.Path(path))
+
+
+def check(path: str | pathlib.Path):
+    """Raises UserError for weights that are missing or misshapen."""
+    format_of(path).check(pathlib.Path(path))
+
+
+def check_tokenizer(path: str | pathlib.Path, tokenizer):
+    """Raises UserError when the weights come with a vocabulary that is not the tokenizer's."""
+    module = format_of(path)
+    if hasattr(module, "check_tokenizer"):
+        module.check_tokenizer(pathlib.Path(path), tokenizer)
+
+
+def open_weights(path: str | pathlib.Path) -> tuple:
+    """(config, {parameter name: a function that reads it}) of float weights."""
+    module = format_of(path)
+    if module.quantization_of(pathlib.Path(path)) is not None:
+        raise UserError(f"{path}: this model is quantized; a float model is needed here")
+    return module.open_weights(pathlib.Path(path))
+
+
+def import_base(path: str | pathlib.Path, folder: pathlib.Path):
+    """Writes quantized weights as a folder of our own, with the same codes."""
+    format_of(path).import_base(pathlib.Path(path), folder)
+
+
+def load_model(
+    path: str | pathlib.Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> Llama:
+    """The Llama of a float, quantized or merged model, or of a run (base and adapter, merged).
+
+    dtype: what the float parts are cast to; None keeps what is stored. Raises UserError when there
+    is no model, or a run is not finished or does not belong together.
+    """
+    path = pathlib.Path(path)
+    if (path / "run.json").exists():
+        from formats.run import load_run  # here, as a run's base is loaded by this function
+
+        return load_run(path, dtype, device)
+    if not path.exists():
+        raise UserError(f"{path} is no folder; name a folder with a model or a run")
+    return format_of(path).load_model(path, dtype, device)
+
+
+def load_pretrained(
+    path: str | pathlib.Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> Llama:
+    """The float model at `path`; dtype None keeps the checkpoint's own."""
+    return huggingface.load_float(open_weights(path), dtype, device)

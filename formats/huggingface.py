@@ -1,0 +1,199 @@
+"""Hugging Face's folders of a float LLaMA: config.json, and safetensors or pytorch_model.bin files."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from cli.errors import UserError
+from cli.files import read_json, written_whole
+from formats.files import Stored, all_finite, checked_config, fill, open_file, write_config
+from llama import Llama, LlamaConfig
+
+# Fields that change a LLaMA's arithmetic but not the names and shapes of its tensors, which are
+# checked in full. The first value is what is computed here; the others mean the same
+PLAIN = {
+    "model_type": ["llama"],
+    "architectures": [["LlamaForCausalLM"], ["LLaMAForCausalLM"], None],
+    "hidden_act": ["silu"],
+    "attention_bias": [False, None],
+    "mlp_bias": [False, None],
+    "sliding_window": [None],
+    "partial_rotary_factor": [1, None],
+    "auto_map": [None],
+    "quantization_config": [None],
+}
+
+
+def matches(path: pathlib.Path) -> bool:
+    """Whether `path` is a folder with a config.json that names no quantization of ours."""
+    return (path / "config.json").exists()
+
+
+def quantization_of(path: pathlib.Path) -> None:
+    """None: a float model."""
+    return None
+
+
+def read_config(path: pathlib.Path) -> LlamaConfig:
+    """The LlamaConfig in config.json.
+
+    Raises UserError for a broken file and for any field that asks for what is not computed here.
+    """
+    file = path / "config.json"
+    fields = read_json(file)
+    for name, allowed in PLAIN.items():
+        default = None if name == "model_type" else allowed[0]
+        value = fields.get(name, default)
+        if value not in allowed:
+            raise UserError(
+                f"{file}: {name} = {json.dumps(value)} is not supported, only "
+                f"{json.dumps(allowed[0])} is"
+            )
+    for entry in ("rope_scaling", "rope_parameters"):  # newer configs keep rope_theta in the second
+        rope = fields.get(entry) or {}
+        if not _is_unscaled(rope, fields.get("rope_theta")):
+            raise UserError(
+                f"{file}: {entry} = {json.dumps(rope)} is not supported; rotary embeddings are "
+                "only computed unscaled, with one rope_theta"
+            )
+        if "rope_theta" in rope:
+            fields["rope_theta"] = rope["rope_theta"]
+    if fields.get("num_key_value_heads") is None:  # older than grouped-query attention
+        fields["num_key_value_heads"] = fields.get("num_attention_heads")
+    return checked_config(file, fields)
+
+
+def _is_unscaled(rope, rope_theta):
+    if not isinstance(rope, dict):
+        return False
+    theta = rope.get("rope_theta") if rope_theta is None else rope_theta
+    plain = {
+        "rope_type": "default",
+        "type": "default",
+        "partial_rotary_factor": 1,
+        "rope_theta": theta,
+    }
+    return all(value == plain.get(name) for name, value in rope.items())
+
+
+def open_weights(path: pathlib.Path) -> tuple[LlamaConfig, dict[str, Callable[[], Tensor]]]:
+    """(config, {parameter name: a function that reads the tensor}).
+
+    Names and shapes are checked here, for the whole checkpoint; that a tensor holds finite floats,
+    when it is read. UserError names file and tensor.
+    """
+    config = read_config(path)
+    file, found = _open_files(path)
+    weights = {}
+    for name, shape in parameter_shapes(config).items():
+        if name not in found:
+            raise UserError(f"{file}: tensor {name} is missing")
+        stored = found[name]
+        if stored.shape != shape:
+            raise UserError(
+                f"{stored.file}: tensor {name} has the shape {list(stored.shape)}, but the config "
+                f"asks for {list(shape)}"
+            )
+        weights[name] = functools.partial(read_float, stored)
+    check_the_rest(found, set(weights), config.tie_word_embeddings)
+    return config, weights
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple]:
+    """The shape of every parameter of a Llama by name; tied ones once."""
+    with torch.device("meta"):
+        model = Llama(config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def check_the_rest(found: dict[str, Stored], known: set[str], tied: bool):
+    """Raises UserError for a tensor that no parameter takes, unless the others imply it."""
+    for name, stored in found.items():
+        if name in known or name.endswith("rotary_emb.inv_freq") or name == "rope.freqs":
+            continue
+        if not (tied and name == "lm_head.weight"):
+            raise UserError(f"{stored.file}: tensor {name} is unexpected; LLaMA has no such weight")
+        if not torch.equal(stored.read(), found["model.embed_tokens.weight"].read()):
+            raise UserError(
+                f"{stored.file}: tensor {name} is not the embedding, though config.json ties the two"
+            )
+
+
+def read_float(stored: Stored) -> Tensor:
+    """A stored tensor; UserError unless it holds finite floating-point numbers."""
+    tensor = stored.read()
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise UserError(
+            f"{stored.file}: tensor {stored.name} holds {tensor.dtype}, not floating-point numbers"
+        )
+    if not all_finite(tensor):
+        raise UserError(f"{stored.file}: tensor {stored.name} has NaN or infinite values")
+    return tensor
+
+
+def _open_files(folder):
+    """(file, tensors by name) of the one file, or of the index and all the files it lists."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return folder / name, open_file(folder / name)
+        if index.exists():
+            return index, _open_listed(folder, index)
+    raise UserError(
+        f"{folder}: found no model.safetensors or pytorch_model.bin, nor an index of several files"
+    )
+
+
+def _open_listed(folder, index):
+    listed = read_json(index).get("weight_map")
+    names = list(listed.values()) if isinstance(listed, dict) else [None]
+    if not all(isinstance(file, str) and "/" not in file for file in names):
+        raise UserError(
+            f"{index}: weight_map does not say which file of this folder holds which tensor"
+        )
+    found = {}
+    for file in sorted(set(names)):
+        for name, stored in open_file(folder / file).items():
+            if name in found:
+                other = found[name].file.name
+                raise UserError(f"{stored.file}: tensor {name} is also in {other}")
+            found[name] = stored
+    for name, file in listed.items():
+        if name not in found or found[name].file.name != file:
+            raise UserError(
+                f"{folder / file}: tensor {name} is missing, though {index.name} says it is here"
+            )
+    return found
+
+
+def check(path: pathlib.Path):
+    """Raises UserError for a tensor that is missing or of another shape; reads headers only."""
+    open_weights(path)
+
+
+def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Llama:
+    """The model; dtype None keeps the checkpoint's own (its embedding's, where they differ)."""
+    return load_float(open_weights(path), dtype, device)
+
+
+def load_float(opened: tuple, dtype: torch.dtype | None, device: str) -> Llama:
+    """The model of what `open_weights` returned."""
+    config, weights = opened
+    with torch.device("meta"):
+        model = Llama(config)
+    fill(model, weights, dtype=dtype, device=device)
+    return model.to(model.model.embed_tokens.weight.dtype)
+
+
+def save_pretrained(model: Llama, folder: str | pathlib.Path):
+    """Writes a float model as a Hugging Face folder; other files in it, as the tokenizer, stay."""
+    folder = pathlib.Path(folder)
+    with written_whole(folder / "model.safetensors") as path:
+        tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    write_config(model.config, folder)
