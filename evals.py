@@ -35,10 +35,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
+from text.batches import collate
+from text.instructions import read_text
+from text.tokenizer import decode, load_tokenizer
+from cli import machine
 import llama
-from cli import Parser, UserError, run_command
-from merge import load_model
+from cli.errors import Parser, UserError, run_command
+from formats import load_model
 
 LETTERS = "ABCD"
 MMLU_CATEGORIES = {  # Hendrycks et al. 2021, https://github.com/hendrycks/test, categories.py
@@ -96,7 +99,7 @@ def response_loss(model, examples, batch_size=16, progress=None):
     ordered = sorted(examples, key=lambda e: len(e.tokens), reverse=True)
     total, count = 0.0, 0
     for first in tqdm(range(0, len(ordered), batch_size), desc=progress, disable=progress is None):
-        tokens_BT, target_BT = data.collate(ordered[first:first + batch_size])
+        tokens_BT, target_BT = collate(ordered[first:first + batch_size])
         log_probs = token_log_probs(model, tokens_BT, target_BT)
         total, count = total - log_probs.double().sum().item(), count + len(log_probs)
     assert count, "no response tokens"
@@ -224,7 +227,7 @@ def answers(model, tokenizer, prompts, max_new_tokens, batch_size=64, progress=N
     for batch in equal_length_batches(encoded, batch_size, progress):
         tokens_BT = torch.tensor([encoded[i] for i in batch], device=device)
         for i, row in zip(batch, llama.generate(model, tokens_BT, max_new_tokens, eos_token_id=eos).tolist()):
-            texts[i] = data.decode(tokenizer, row[len(encoded[i]):])  # EOS, which fills rows that ended, has no text
+            texts[i] = decode(tokenizer, row[len(encoded[i]):])  # EOS, which fills rows that ended, has no text
     return texts
 
 
@@ -241,12 +244,12 @@ def load(folder, device):
     (On a CPU, float16 weights as they are stored would be a hundred times slower than float32.) Raises UserError when
     the device cannot be used, there is no model or no tokenizer, or they do not belong together.
     """
-    llama.check_device(device)
-    model, tokenizer = load_model(folder, device=device), data.load_tokenizer(folder)
+    machine.check_device(device)
+    model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
     if tokenizer.vocab_size() > model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size()} pieces, the model's embedding only "
                         f"{model.config.vocab_size}; copy the tokenizer.model that belongs to the model")
-    return model.to(llama.compute_dtype(model.model.embed_tokens.weight.dtype, device)), tokenizer
+    return model.to(machine.compute_dtype(model.model.embed_tokens.weight.dtype, device)), tokenizer
 
 
 # Reading: every file is checked before the model is loaded, and an error names the file and the line.
@@ -254,7 +257,7 @@ def load(folder, device):
 def read_json_lines(path, check):
     """[check(record)] for the JSON object of every line; `check` raises ValueError where something is wrong."""
     items = []
-    for number, line in enumerate(data.read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)
@@ -330,7 +333,7 @@ def read_mmlu(path, shots):
 
 def read_mmlu_csv(path):
     """(question, its choices and "Answer:" as one text; answer index) of each row: question, A, B, C, D, letter."""
-    rows, questions = csv.reader(io.StringIO(data.read_text(path), newline=""), strict=True), []
+    rows, questions = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), []
     try:
         for row in filter(None, rows):
             if len(row) != 6:
@@ -395,7 +398,7 @@ def main():
         parser.error("--shots belongs to --mmlu, --window to --perplexity")
     if args.batch_size < 1 or args.shots < 0 or (args.window is not None and args.window < 1):
         parser.error("--batch-size and --window must be at least 1, --shots at least 0")
-    text = data.read_text(args.perplexity) if args.perplexity else None
+    text = read_text(args.perplexity) if args.perplexity else None
     if text is not None and not text.strip():
         raise UserError(f"{args.perplexity} is empty; give a file with text in it")
     items = read_json_lines(args.multiple_choice, check_choices) if args.multiple_choice else None

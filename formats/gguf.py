@@ -27,7 +27,7 @@ from cli.errors import UserError
 from cli.files import written_whole
 from formats.files import checked_config, fill, open_file
 from formats.quantized import save_quantized
-from llama import LINEARS, linears
+from llama import LINEARS, Llama, LlamaConfig, linears
 from quant import Quantized, QuantLinear, quantized_skeleton, unpack
 
 TENSORS = {  # llama.cpp's name of each module
