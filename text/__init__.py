@@ -1,0 +1,1 @@
+"""Text in, batches of tokens out: tokenizers, instruction files, batches, question files, a toy world."""
