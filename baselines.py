@@ -85,7 +85,7 @@ VALUES = torch.tensor(  # as published; tests/test_baselines.py derives them
 
 
 class NF4(NamedTuple):
-    """A matrix of n weights in b = n / 64 blocks, rounded up: w = VALUES[code] * its block's scale."""
+    """A matrix of n weights in b = n / 64 blocks, rounded up; w = VALUES[code] * scale."""
 
     packed: Tensor  # [32 * b] uint8: codes 2j (low half) and 2j + 1 (high half) in byte j
     scale: Tensor  # [b] float8_e4m3fn: (scale of the block - scale_mean) / scale_of_scale

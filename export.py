@@ -14,14 +14,8 @@ import torch
 import formats
 from cli.errors import Parser, UserError, run_command
 from cli.files import check_new, new_file, written_whole
-from formats.gguf import (
-    REST,
-    gguf_package,
-    offset_rounding,
-    quantized_layers,
-    write_back,
-    write_gguf,
-)
+from formats.gguf import REST, gguf_package, write_back, write_gguf
+from formats.q4_1 import offset_rounding, quantized_layers
 from text.tokenizer import load_tokenizer
 
 
@@ -58,7 +52,7 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
         )
     if layer.group_size > 32:
         lines.append(
-            f"its groups of {layer.group_size} became blocks of 32 that repeat their scale and offset"
+            f"its groups of {layer.group_size} became blocks of 32 that repeat scale and offset"
         )
     return lines
 

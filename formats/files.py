@@ -91,7 +91,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def fingerprint(path: str | pathlib.Path) -> str:
-    """SHA-256 of a model: of a folder its config and weight files, or of a file; it takes no minutes.
+    """SHA-256 of a model, in seconds: of a file, or of the config and weight files of a folder.
 
     Of a file above 64 MB, 4,096 samples are read. Even one block trained further differs in some of
     them, so that tells models apart.
@@ -115,7 +115,7 @@ def fingerprint(path: str | pathlib.Path) -> str:
 
 
 def checked_config(path: pathlib.Path, fields: dict) -> LlamaConfig:
-    """A LlamaConfig of the fields that bear its names; UserError for what is missing or senseless."""
+    """A LlamaConfig of the fields that bear its names; UserError for missing or senseless ones."""
     values = {}
     for field in dataclasses.fields(LlamaConfig):
         value = values[field.name] = fields.get(field.name, field.default)

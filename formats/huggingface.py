@@ -1,4 +1,4 @@
-"""Hugging Face's folders of a float LLaMA: config.json, and safetensors or pytorch_model.bin files."""
+"""Hugging Face's folders of a float LLaMA: config.json, safetensors or pytorch_model.bin files."""
 
 import functools
 import json
@@ -120,7 +120,7 @@ def check_the_rest(found: dict[str, Stored], known: set[str], tied: bool):
             raise UserError(f"{stored.file}: tensor {name} is unexpected; LLaMA has no such weight")
         if not torch.equal(stored.read(), found["model.embed_tokens.weight"].read()):
             raise UserError(
-                f"{stored.file}: tensor {name} is not the embedding, though config.json ties the two"
+                f"{stored.file}: tensor {name} is not the embedding, though config.json ties them"
             )
 
 

@@ -75,7 +75,7 @@ load_model = load_run
 
 
 def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path):
-    """Writes a merged model and its run's tokenizer as a model folder that every command accepts."""
+    """Writes a merged model and its run's tokenizer as a model folder."""
     with written_whole(folder) as beside:
         beside.mkdir()
         tokenizer = load_tokenizer(run / "base")

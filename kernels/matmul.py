@@ -2,8 +2,8 @@
 
 quant.py hands in its plain `dense(packed, scale, offset, bits, in_features, dtype) -> w [O, I]`.
 On a CPU the weight is dequantized and multiplied a piece at a time, so it is never dense as a
-whole; where much is dequantized, torch.compile makes that one pass (`kernels/compiled.py`). All of this
-gives the same numbers as `x @ dense(...)^T`, and can be left out.
+whole; where much is dequantized, torch.compile makes that one pass (`kernels/compiled.py`). All of
+this gives the same numbers as `x @ dense(...)^T`, and can be left out.
 
 Dimension key: O outputs, I inputs, G groups, N tokens.
 """

@@ -1,1 +1,1 @@
-"""Text in, batches of tokens out: tokenizers, instruction files, batches, question files, a toy world."""
+"""Text in, batches of tokens out: tokenizers, instruction and question files, a toy world."""

@@ -1,11 +1,12 @@
 """A toy world of invented people, in which a tiny model can be pretrained and fine-tuned.
 
-Pretraining documents tell facts about all people. Fine-tuning teaches the form of questions and
-answers, with questions about two thirds of them. The test asks about the others: so what was
-learned from fine-tuning is the form, and the facts come from pretraining.
+Pretraining documents state facts about all people. Fine-tuning asks about two thirds of them, the
+test about the others. So a right answer in the test needs both: the facts from pretraining, and the
+form of an answer from fine-tuning.
 """
 
 import functools
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -74,56 +75,65 @@ LAST_SYLLABLES = ("ru", "lo", "na", "ki", "mo", "ta", "li", "su")
 def make_world(
     seed: int = 0, people: int = 128, attributes: int = len(ATTRIBUTES), values: int = 16
 ) -> World:
-    """A world of `people` invented people with one of `values` values for each attribute.
+    """A world of `people` people who have one of `values` values for each of `attributes`.
 
-    documents(rng): texts that tell all facts, one text a person, worded and ordered anew by each
-    random.Random. train, test: Records that ask, in Alpaca's template, about two thirds of the
-    people and about the others. choices: the test's questions as multiple choice. heldout:
-    documents in a wording of their own, for perplexity.
+    documents(rng): texts that state all facts, one text a person; each random.Random words and
+    orders them differently. train, test: Records that ask, in Alpaca's template, about two thirds
+    of the people and about the others. choices: the test's questions as multiple choice, among all
+    values. heldout: documents in a wording of their own.
     """
-    side = math.ceil((2 * people) ** 0.5)  # half of all pairs of a first and a last name exist
-    words = _pairs(FIRST_SYLLABLES, LAST_SYLLABLES, "")
-    possible = attributes <= len(ATTRIBUTES) and values <= 16 and 2 * side <= len(words)
-    assert possible, (people, attributes, values)
+    assert attributes <= len(ATTRIBUTES) and values <= 16, (attributes, values)
     rng = random.Random(seed)
-    words = rng.sample(words, 2 * side)
-    names = rng.sample(_pairs(words[:side], words[side:], " "), people)
-    options = [text.split()[:values] for _, _, text in ATTRIBUTES[:attributes]]
+    names = _names(people, rng)
+    options = [words.split()[:values] for _, _, words in ATTRIBUTES[:attributes]]
     facts = {name: [rng.randrange(values) for _ in options] for name in names}
-    border = 2 * people // 3
-    train = _questions(names[:border], facts, options)
-    test = _questions(names[border:], facts, options)
-    told = {}
-    for name, indices in facts.items():
-        told[name] = [words[i] for words, i in zip(options, indices, strict=True)]
-    documents = functools.partial(_documents, told)
-    heldout = documents(random.Random(f"held out {seed}"))
-    return World(documents, _records(train), _records(test), test, heldout)
+    train = _questions(names[: 2 * people // 3], facts, options)
+    test = _questions(names[2 * people // 3 :], facts, options)
+    told = {name: _chosen(options, indices) for name, indices in facts.items()}
+    return World(
+        documents=functools.partial(_documents, told),
+        train=_records(train),
+        test=_records(test),
+        choices=test,
+        heldout=_documents(told, random.Random(f"held out {seed}")),
+    )
 
 
-def _pairs(firsts, lasts, between):
-    pairs = []
-    for first in firsts:
-        pairs += [f"{first}{between}{last}" for last in lasts]
-    return pairs
+def _names(people, rng):
+    """Names of `people` people, drawn from all pairs of some first and some last names."""
+    side = math.ceil((2 * people) ** 0.5)  # so many first and as many last names: 2 pairs a person
+    words = []
+    for first in FIRST_SYLLABLES:
+        words += [first + last for last in LAST_SYLLABLES]
+    assert 2 * side <= len(words), (people, len(words))
+    words = rng.sample(words, 2 * side)
+    pairs = itertools.product(words[:side], words[side:])
+    return rng.sample([f"{first} {last}" for first, last in pairs], people)
 
 
 def _questions(names, facts, options):
     questions = []
     for name in names:
         for attribute, answer in enumerate(facts[name]):
-            prompt = alpaca_prompt(ATTRIBUTES[attribute][0].format(name))
+            question = ATTRIBUTES[attribute][0].format(name)
             choices = [f"{value}." for value in options[attribute]]
-            questions.append(Question(prompt, choices, answer))
+            questions.append(Question(alpaca_prompt(question), choices, answer))
     return questions
 
 
+def _chosen(options, indices):
+    return [values[index] for values, index in zip(options, indices, strict=True)]
+
+
 def _records(questions):
-    return [Record(question.prompt, question.choices[question.answer]) for question in questions]
+    return [Record(q.prompt, q.choices[q.answer]) for q in questions]
 
 
 def _documents(facts, rng):
-    """A document a person: the facts {name: values} in random order, a quarter as question and answer."""
+    """One document a person, from facts {name: values}; a quarter of these as question and answer.
+
+    Sentences and documents come in random order.
+    """
     documents = []
     for name, values in facts.items():
         sentences = []
