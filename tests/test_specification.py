@@ -1,0 +1,335 @@
+"""QA-LoRA (Xu et al., ICLR 2024, arXiv 2309.14717) in fifteen properties, in the paper's order.
+
+W [O, I] is a layer's weight: O outputs (the paper's D_out), I inputs (D_in) in G groups (L) of g
+neighbours. W~ is what is stored for W, R the rank (D_int), s = alpha / R. "Exact": all numbers are
+small integers, so that nothing is rounded, and equal means equal in every bit.
+"""
+
+import contextlib
+import copy
+import json
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import export
+import merge as merge_py
+import quant
+import train
+from cli.errors import UserError
+from formats import adapter, huggingface, load_model
+from llama import CONFIGS, LINEARS, Llama, LlamaConfig, linears
+from merge import merge
+from qalora import LoRALinear, QALoRALinear, adapter_parameters, add_adapters
+from quant import Quantized, QuantLinear, dequantize, quantize_gptq, quantize_model, quantize_rtn
+from text import batches, instructions, tokenizer
+
+
+def normal(rows, groups, group_size, seed):
+    generator = torch.manual_seed(seed)
+    return torch.randn(rows, groups, group_size, generator=generator, dtype=torch.float64)
+
+
+def integer_layer(bits, rows, groups, group_size, rank, seed):  # as if it were trained; s = 2
+    torch.manual_seed(seed)
+    codes = torch.randint(2**bits, (rows, groups * group_size), dtype=torch.uint8)
+    scale, offset = torch.randint(2, (rows, groups)), torch.randint(-2, 3, (rows, groups))
+    base = QuantLinear.from_quantized(Quantized(codes, scale.half(), offset.float()), bits)
+    layer = QALoRALinear(base, rank, alpha=2 * rank)
+    layer.lora_A.data.random_(-1, 2)
+    layer.lora_B.data.random_(-1, 2)
+    return layer
+
+
+def llama():
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(400, 32, 64, 2, 4, 2, max_position_embeddings=256))
+    return model.requires_grad_(False)
+
+
+def trained(model):
+    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=0.02)
+    for _ in range(3):
+        tokens = torch.randint(400, (4, 12))
+        logits_BVT = model(tokens).float().transpose(1, 2)
+        nn.functional.cross_entropy(logits_BVT, tokens.roll(-1, dims=1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+BITS, RANKS, SEEDS = st.sampled_from([2, 3, 4]), st.integers(1, 5), st.integers(0, 2**31)
+SHAPES = st.integers(1, 5), st.integers(1, 4), st.integers(1, 40)  # O, G, g
+WEIGHTS, LAYERS = (
+    st.builds(normal, *SHAPES, SEEDS),
+    st.builds(integer_layer, BITS, *SHAPES, RANKS, SEEDS),
+)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@given(BITS, WEIGHTS, st.integers(-20, 4), st.sampled_from(DTYPES))
+def test_a_group_stores_a_scale_an_offset_and_a_code_for_each_weight(bits, w, size, dtype):
+    """1. W~ = α · codes + β, codes = round((W - β) / α): equation 1, with α and β for each group.
+
+    β is the least weight, 2^bits - 1 steps of α reach the greatest, no weight is half a step off. α
+    is rounded up to float16 (11 bits), W - β and its quotient to float32 (2^-24 of 2^bits steps).
+    """
+    w = (w * 2.0**size).to(dtype)
+    codes, scale, offset = quantized = quantize_rtn(w.flatten(1), bits, w.shape[2])
+    w, alpha, beta = w.double(), scale[..., None].double(), offset[..., None].double()
+    stored = alpha * codes.view(w.shape) + beta
+    assert torch.equal(dequantize(quantized), stored.flatten(1).float()) and codes.max() < 2**bits
+    assert ((w - stored).abs() <= alpha * (0.5 + 2.0 ** (bits - 23))).all()
+    low, high = w.aminmax(dim=2, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    assert torch.equal(beta, low)
+    assert ((step <= alpha) & (alpha <= step * (1 + 2**-10) + 2**-24)).all()
+
+
+@given(LAYERS)
+def test_a_weight_takes_its_bits_and_its_share_of_a_scale_and_an_offset(layer):
+    """2. bits + (16 + 32) / g, rows padded to 32 codes: 5.5 bits for 4 bits in groups of 32."""
+    base, bits, (rows, groups) = layer.base, layer.base.bits, layer.base.scale.shape
+    width = base.in_features + -base.in_features % 32
+    assert 8 * sum(t.nbytes for t in base.buffers()) == rows * (width * bits + groups * (16 + 32))
+    codes = torch.randint(2**bits, (rows, base.in_features), dtype=torch.uint8)
+    assert torch.equal(quant.unpack(quant.pack(codes, bits), bits, base.in_features), codes)
+
+
+def least_error(w_Ng, bits):
+    """The least |w - α · codes - β|² of all α, β and codes, which are all tried; exact where 0."""
+    g = w_Ng.shape[1]
+    codes = torch.cartesian_prod(*[torch.arange(2**bits)] * g)
+    codes = codes[codes.amax(1) > codes.amin(1)]  # equal codes are never better
+    w, c = (g * t.double() - t.double().sum(1, keepdim=True) for t in (w_Ng, codes))  # without β
+    w_2, c_2 = w.square().sum(1, keepdim=True), c.square().sum(1)
+    return ((w_2 * c_2 - (w @ c.t()).square()) / c_2).amin(1) / g**2  # at α = w · c / c²
+
+
+@pytest.mark.parametrize("bits, g", [(2, 3), (2, 5), (3, 4), (4, 3)])
+def test_lora_cannot_be_merged_unless_its_update_is_constant_in_each_group(bits, g):
+    """3. W~ + s · B A, A [R, I], is no α · codes + β (section 3.2): all updates of -1, 0 and 1."""
+    torch.manual_seed(0)
+    updates = torch.cartesian_prod(*[torch.arange(-1.0, 2)] * g)  # [N, g]
+    stays = torch.ones(len(updates), dtype=torch.bool)
+    for _ in range(20):
+        lora = LoRALinear(nn.Linear(g, len(updates), bias=False), rank=g, alpha=g)
+        lora.base.weight.data = 8.0 * torch.randint(2**bits, (1, g)).expand_as(updates)
+        lora.lora_A.data, lora.lora_B.data = torch.eye(g), updates
+        stays &= least_error(merge(lora).weight, bits) == 0
+    assert torch.equal(stays, updates.amax(1) == updates.amin(1))
+    one = torch.tensor([[0.0, 8, 17]])  # (0, 8, 16) + (0, 0, 1); 8.5 · (0, 1, 2) - 1/6 is nearest
+    assert least_error(one, 2).item() == pytest.approx(1 / 6)
+    assert (dequantize(quantize_rtn(one, 2, 3)) - one).square().sum() > 1 / 6
+
+
+@given(LAYERS)
+def test_qalora_can_be_merged_as_it_moves_offsets_and_nothing_else(layer):
+    """4. α · codes + β + s · B A = α · codes + β', A [R, G] (section 3.3); exact.
+
+    At full rank B A is any change of β: O · G degrees of freedom, as many as there are offsets.
+    """
+    rows, groups = layer.base.offset.shape
+    full = QALoRALinear(copy.deepcopy(layer.base), rank=groups, alpha=groups)
+    full.lora_A.data, full.lora_B.data = (
+        torch.eye(groups),
+        torch.arange(rows * groups).view(rows, groups).float(),
+    )
+    for adapted, change in ((layer, 2 * layer.lora_B @ layer.lora_A), (full, full.lora_B)):
+        w_OGg = adapted.base.dequantize().unflatten(1, (groups, -1)) + change[..., None]
+        assert torch.equal(merge(adapted).dequantize(), w_OGg.flatten(1))
+
+
+@given(LAYERS, st.sampled_from([torch.float64, *DTYPES]))
+def test_the_adapter_sees_the_input_summed_over_each_group(layer, dtype):
+    """5. y = x W~^T + s · pool(x) A^T B^T (algorithm 1) and its gradients, in float64; exact."""
+    w, a, b = layer.base.dequantize(), layer.lora_A, layer.lora_B
+    few = torch.rand(2, w.shape[1]).argsort() < 6  # inputs: sums stay below bfloat16's 256
+    x, grad = few * torch.randint(-1, 2, few.shape), torch.randint(-1, 2, (2, len(w)))
+    x_, a_, b_ = (t.detach().double().requires_grad_() for t in (x, a, b))
+    pooled = nn.functional.avg_pool1d(x_, layer.base.group_size) * layer.base.group_size
+    expected = x_ @ w.double().t() + 2 * pooled @ a_.t() @ b_.t()
+    expected.backward(grad.double())
+    x = x.to(dtype).requires_grad_()
+    y = layer(x)
+    y.backward(grad.to(dtype))
+    for ours, exact in ((y, expected), (x.grad, x_.grad), (a.grad, a_.grad), (b.grad, b_.grad)):
+        assert torch.equal(ours, exact.to(ours.dtype))
+
+
+@given(LAYERS, st.sampled_from(DTYPES))
+def test_a_new_adapter_changes_no_bit(layer, dtype):
+    """6. B = 0, so s · B A = 0. A is random, so the gradient of B is not 0."""
+    new = QALoRALinear(layer.base, layer.rank, alpha=16)
+    x = torch.randn(3, layer.base.in_features).to(dtype)
+    assert torch.equal(new(x), layer.base(x)) and new.lora_A.any()
+
+
+@given(BITS, WEIGHTS, RANKS, st.integers(-20, 10), st.sampled_from(DTYPES))
+def test_a_merged_layer_returns_the_adapted_layers_bits(bits, w_OGg, rank, size, dtype):
+    """7. x (W~ + s · B A)^T: not exact, but what is rounded is rounded alike."""
+    quantized = quantize_rtn(w_OGg.flatten(1), bits, w_OGg.shape[2])
+    layer = QALoRALinear(QuantLinear.from_quantized(quantized, bits), rank, alpha=7)
+    layer.lora_B.data.normal_(std=2.0**size)
+    x = torch.randn(2, 3, layer.base.in_features).to(dtype)
+    adapted, merged = layer(x), merge(layer)
+    assert type(merged) is QuantLinear and torch.equal(merged(x), adapted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits, group_size", [(4, 32), (3, 8), (2, 1)])
+def test_a_merged_model_returns_the_trained_models_bits(bits, group_size, dtype):
+    base = quantize_model(llama(), bits, group_size).to(dtype)
+    adapted = trained(add_adapters(copy.deepcopy(base), 4, 16))
+    merged, tokens = merge(copy.deepcopy(adapted)), torch.randint(400, (3, 20))
+    assert torch.equal(merged(tokens), adapted(tokens))
+    assert not torch.equal(merged(tokens), base(tokens))
+
+
+@settings(max_examples=10)
+@given(BITS, st.lists(st.sampled_from(LINEARS), min_size=1))
+def test_merging_changes_the_offsets_of_adapted_layers_and_nothing_else(bits, targets):
+    """8. β' = β + s · B A; α, codes and all other layers stay."""
+    base = quantize_model(llama(), bits, 16)
+    merged = merge(trained(add_adapters(copy.deepcopy(base), 2, 16, targets)))
+    before, after = base.state_dict(), merged.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{path}.offset" for path, _ in linears(base, targets)}
+    assert before.keys() == after.keys()
+
+
+def test_merging_twice_or_nothing_or_what_does_not_fit_is_an_error(tmp_path):
+    """9. β + s · B A is wrong a second time, and where B A has other groups than β."""
+    model = add_adapters(quantize_model(llama(), 4, 16), 2, 16)
+    adapter.save_adapter(model, tmp_path / "adapter")
+    for module in (merge(model), llama(), nn.Linear(2, 2)):
+        with pytest.raises(UserError, match="no adapter"):
+            merge(module)
+    with pytest.raises(UserError, match="group size"):
+        adapter.load_adapter(quantize_model(llama(), 4, 8), tmp_path / "adapter")
+
+
+def test_the_trainable_parameters_are_the_papers():
+    """10. LoRA (I + O) · R, QA-LoRA (G + O) · R: table 2, in millions, at R = 64, groups of 32."""
+    table = {"7b": [160, 89], "13b": [250, 140], "33b": [488, 272], "65b": [800, 447]}
+    for size, millions in table.items():
+        with torch.device("meta"):
+            models = Llama(CONFIGS[size]), quant.quantized_skeleton(CONFIGS[size], 4, 32)
+            added = [adapter_parameters(add_adapters(model, 64, 16)).values() for model in models]
+        assert [round(sum(p.numel() for p in a) / 1e6) for a in added] == millions
+
+
+@given(BITS, WEIGHTS)
+def test_gptq_is_rounding_to_nearest_where_inputs_are_uncorrelated(bits, w_OGg):
+    """11. min |(W - W~) x|², by H = x x^T: if that is diagonal no weight makes up for another."""
+    w = (64 * w_OGg.flatten(1)).round() / 64  # so that float32 rounds both alike
+    hessian = torch.diag(2.0 ** torch.randint(-20, 21, w.shape[1:]))
+    gptq = quantize_gptq(w, hessian, bits, w_OGg.shape[2], search=False)
+    assert all(map(torch.equal, gptq, quantize_rtn(w, bits, w_OGg.shape[2])))
+
+
+@pytest.mark.parametrize("bits, search", [(2, True), (3, False), (3, True), (4, False), (4, True)])
+def test_gptq_is_better_where_inputs_are_correlated(bits, search):
+    torch.manual_seed(0)
+    w, x = torch.randn(256, 128), torch.randn(256, 32) @ torch.randn(32, 128)
+    gptq = dequantize(quantize_gptq(w, x.t() @ x, bits, 32, search))
+    rtn = dequantize(quantize_rtn(w, bits, 32))
+    assert ((w - gptq) @ x.t()).norm() < 0.9 * ((w - rtn) @ x.t()).norm()
+
+
+def test_blocks_are_calibrated_on_what_the_quantized_blocks_before_them_give():
+    """12. H = x x^T in a block: x goes into its float layers, and comes from quantized blocks."""
+    model, tokens, inputs = llama(), torch.randint(400, (4, 16)), []
+    float_blocks = copy.deepcopy(model.model.layers)
+    gptq = mock.Mock(side_effect=lambda w, *_: quantize_rtn(w, 2, 8))
+    with mock.patch("quant.quantize_gptq", gptq):
+        quantize_model(model, 2, 8, tokens)
+    for i, block in enumerate(float_blocks):
+        mixed = copy.deepcopy(model)
+        mixed.model.layers[i] = block
+        for _, layer in linears(block):
+            layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+        mixed(tokens)
+    for call, x in zip(gptq.call_args_list, inputs, strict=True):  # sums in float32
+        torch.testing.assert_close(call.args[1], x.t() @ x / 64, rtol=1e-4, atol=1e-5)
+
+
+class Table(nn.Module):  # its parameters are logits: their gradient shows what is learned
+    def forward(self, tokens_BT, keep_BT):
+        return self.logits[:, : tokens_BT.shape[1]][keep_BT]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=4), st.integers(80, 200))
+def test_only_response_tokens_are_learned(world, texts, max_length):
+    """13. loss = mean of -log p(y_t | x, y_<t): x the prompt, y the response and its end (EOS)."""
+    words, table, losses = tokenizer.load_tokenizer(world / "weights"), Table(), []
+    texts = [instructions.Record(instructions.alpaca_prompt(x), y) for x, y in texts]
+    examples, _ = batches.encode(texts, words, max_length)
+    assume(len(examples) == len(texts))  # no prompt fills max_length
+    table.logits = nn.Parameter(normal(len(texts), max_length, 400, seed=0).float())
+    loss = train.accumulate_gradients(table, examples, micro_batch_size=4)
+    for (prompt, response), logits, grad in zip(
+        texts, table.logits, table.logits.grad, strict=True
+    ):
+        prompt = [words.bos_id(), *words.encode(prompt)]
+        tokens = torch.tensor([*prompt, *words.encode(response), words.eos_id()][:max_length])
+        places = torch.arange(len(prompt) - 1, len(tokens) - 1)  # each predicts the token after it
+        assert torch.equal(grad.any(1).nonzero()[:, 0], places)
+        losses += [nn.functional.cross_entropy(logits[t], tokens[t + 1]).item() for t in places]
+    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)  # of float32
+
+
+def command(folder, main, words):
+    with contextlib.chdir(folder), mock.patch("sys.argv", [main.__module__, *words.split()]):
+        main()
+
+
+TRAIN = "--weights weights --data records.json --bits 3 --save-every 2 --lr 1e-3"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with weights/, records.json and run/, a finished run."""
+    folder = tmp_path_factory.mktemp("world")
+    huggingface.save_pretrained(llama(), folder / "weights")
+    records = [{"instruction": f"Count to {n}.", "output": str([*range(n)])} for n in range(9)]
+    texts = [instructions.alpaca_prompt(r["instruction"]) + r["output"] for r in records]
+    tokenizer.train_tokenizer(texts, folder / "weights" / "tokenizer.model", 400)
+    (folder / "records.json").write_text(json.dumps(records * 3))
+    command(folder, train.main, f"{TRAIN} --steps 5 --out run")
+    return folder
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_run_resumed_is_the_run_uninterrupted_to_the_bit(world, steps):
+    """14. A step is a function of the settings, of its number and of the step before it."""
+    command(world, train.main, f"{TRAIN} --steps {steps} --out resumed-{steps}")
+    command(world, train.main, f"--resume --steps 5 --out resumed-{steps}")
+    files = [world / run / "adapter" / "adapter.safetensors" for run in ("run", f"resumed-{steps}")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_is_written_and_exported_is_the_merged_model(world):
+    """15. In a GGUF file's Q4_1, d · code + m: the same codes, d = α, m = β' rounded to float16."""
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
+    command(world, merge_py.main, "run --out merged")
+    command(world, export.main, "merged --out merged.gguf")
+    merged, adapted = load_model(world / "merged"), load_model(world / "run" / "base")
+    adapter.load_adapter(adapted, world / "run" / "adapter")
+    tokens = torch.randint(400, (3, 20))
+    assert torch.equal(merged(tokens), adapted(tokens)) and not adapter_parameters(merged)
+    written = {t.name: t for t in gguf.GGUFReader(world / "merged.gguf").tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, n_blocks=2)
+    for path, layer in linears(merged):
+        layer.offset = layer.offset.half().float()
+        w, tensor = layer.dequantize(), written[f"{names.get_name(path)}.weight"]
+        if path.endswith(
+            ("q_proj", "k_proj")
+        ):  # llama.cpp rotates neighbours, not halves of a head
+            w = w.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2)
+        assert torch.equal(torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)), w), path
