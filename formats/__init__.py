@@ -1,6 +1,6 @@
 """Model files in and out: `load_model(path)` takes whatever is at `path`.
 
-A format is a module in this folder and a line in `_formats`; nobody else learns of it. It has
+A format is a module in this folder and a name in FORMATS; nobody else learns of it. It has
 
     matches(path)           whether `path` is in this format
     read_config(path)       its LlamaConfig
@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 
 from cli.errors import UserError
-from formats import gguf, huggingface, meta, quantized
+from formats import gguf, huggingface, meta, quantized, run
 from formats.files import fingerprint
 from llama import Llama, LlamaConfig
 
@@ -40,7 +40,7 @@ __all__ = [
     "read_config",
 ]
 
-FORMATS = (gguf, quantized, huggingface, meta)  # the first that matches is the one
+FORMATS = (run, gguf, quantized, huggingface, meta)  # the first that matches is the one
 
 
 def format_of(path: str | pathlib.Path) -> ModuleType:
@@ -99,10 +99,6 @@ def load_model(
     is no model, or a run is not finished or does not belong together.
     """
     path = pathlib.Path(path)
-    if (path / "run.json").exists():
-        from formats.run import load_run  # here, as a run's base is loaded by this function
-
-        return load_run(path, dtype, device)
     if not path.exists():
         raise UserError(f"{path} is no folder; name a folder with a model or a run")
     return format_of(path).load_model(path, dtype, device)

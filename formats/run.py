@@ -1,18 +1,17 @@
 """A run of train.py as a model: its base with its adapter merged in, in memory or as a folder."""
 
+import functools
 import hashlib
 import pathlib
 import shutil
 
 import torch
 
-import formats
 from cli.errors import UserError
 from cli.files import read_json, written_whole
+from formats import huggingface, quantized
 from formats.adapter import load_adapter
 from formats.files import fingerprint
-from formats.huggingface import save_pretrained
-from formats.quantized import save_quantized
 from llama import Llama, LlamaConfig
 from merge import merge
 from quant import QuantLinear
@@ -24,9 +23,40 @@ def matches(path: pathlib.Path) -> bool:
     return (path / "run.json").exists()
 
 
+def format_of_base(path: pathlib.Path):
+    """The module that reads a run's base: ours, unless the run is LoRA beside a float model."""
+    return quantized if quantized.matches(path / "base") else huggingface
+
+
 def read_config(path: pathlib.Path) -> LlamaConfig:
     """The base's."""
-    return formats.read_config(path / "base")
+    return format_of_base(path).read_config(path / "base")
+
+
+def quantization_of(path: pathlib.Path) -> dict | None:
+    """The base's; None for LoRA and QLoRA, whose merged models are float."""
+    quantization = format_of_base(path).quantization_of(path / "base")
+    if quantization and quantization.get("quantizer") == "nf4":
+        return None
+    return quantization
+
+
+def check(path: pathlib.Path):
+    """Raises UserError as `load_run` does."""
+    load_run(path)
+
+
+def import_base(path: pathlib.Path, folder: pathlib.Path):
+    """Writes the merged model into `folder`, to be fine-tuned again."""
+    quantized.save_quantized(load_run(path), folder)
+    copy_gguf_rest(path / "base", folder)
+
+
+def open_weights(path: pathlib.Path) -> tuple:
+    """(config, {parameter name: a function that returns the tensor}) of a merged float model."""
+    model = load_run(path)
+    parameters = model.named_parameters()
+    return model.config, {name: functools.partial(torch.Tensor.detach, p) for name, p in parameters}
 
 
 def load_run(
@@ -47,7 +77,7 @@ def load_run(
         raise UserError(
             f"{base}, the model that the adapter was trained over, is missing; copy it there again"
         )
-    model = formats.load_model(base, dtype, device)
+    model = format_of_base(run).load_model(base, dtype, device)
     settings = load_adapter(model, run / "adapter")
     wanted, found = settings.get("base"), fingerprint(base)
     if wanted != found:
@@ -71,7 +101,7 @@ def check_tokenizer_of_run(base: pathlib.Path):
         )
 
 
-load_model = load_run
+load_model = load_run  # as every format calls it
 
 
 def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path):
@@ -80,9 +110,14 @@ def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path):
         beside.mkdir()
         tokenizer = load_tokenizer(run / "base")
         (beside / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
-        kept = run / "base" / "gguf.safetensors"  # what export.py writes back into a GGUF file
-        if kept.exists():
-            shutil.copyfile(kept, beside / kept.name)
-        quantized = any(isinstance(layer, QuantLinear) for layer in model.modules())
-        save = save_quantized if quantized else save_pretrained
+        copy_gguf_rest(run / "base", beside)
+        in_groups = any(isinstance(layer, QuantLinear) for layer in model.modules())
+        save = quantized.save_quantized if in_groups else huggingface.save_pretrained
         save(model, beside)
+
+
+def copy_gguf_rest(base: pathlib.Path, folder: pathlib.Path):
+    """Copies what export.py writes back into the GGUF file that a base was made of, if it was."""
+    kept = base / "gguf.safetensors"
+    if kept.exists():
+        shutil.copyfile(kept, folder / kept.name)
