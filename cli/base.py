@@ -21,7 +21,7 @@ from cli.machine import compute_dtype, trim_heap
 from cli.runs import checkpoints, newest_checkpoint
 from cli.settings import Settings, config_of, save_settings
 from cli.toy import TOY_BASE, pretrain, toy_documents
-from formats.files import fill, weight_files
+from formats.files import fill, model_files
 from formats.huggingface import save_pretrained
 from formats.quantized import save_quantized
 from llama import Block, Llama
@@ -264,7 +264,7 @@ def base_bytes(settings: Settings, model: Llama) -> float:
     if settings.weights and source.is_dir():
         copied = settings.method == "lora" or formats.quantization_of(source) is not None
         if copied:
-            return sum(file.stat().st_size for file in weight_files(source))
+            return sum(file.stat().st_size for file in model_files(source))
     block_weights = sum(p.numel() for p in model.model.layers.parameters())
     other_weights = sum(p.numel() for p in model.parameters()) - block_weights
     in_groups = settings.bits / 8 + 6 / settings.group_size  # a scale has 2 bytes, an offset 4

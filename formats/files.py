@@ -82,6 +82,16 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
+def model_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The config and weight files of a model: of a folder, of a run (base and adapter), or a file."""
+    if path.is_file():
+        return [path]
+    if (path / "run.json").is_file():
+        return model_files(path / "base") + model_files(path / "adapter")
+    configs = [path / name for name in ("config.json", "params.json")]
+    return sorted(weight_files(path) + [config for config in configs if config.is_file()])
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; unlike `isfinite`, without a copy (but of float8)."""
     if not tensor.numel():
@@ -96,12 +106,8 @@ def fingerprint(path: str | pathlib.Path) -> str:
     Of a file above 64 MB, 4,096 samples are read. Even one block trained further differs in some of
     them, so that tells models apart.
     """
-    path, sha = pathlib.Path(path), hashlib.sha256()
-    files = [path]
-    if path.is_dir():
-        configs = [path / name for name in ("config.json", "params.json")]
-        files = sorted(weight_files(path) + [config for config in configs if config.is_file()])
-    for file in files:
+    sha = hashlib.sha256()
+    for file in model_files(pathlib.Path(path)):
         size = file.stat().st_size
         sha.update(f"{file.name} {size}".encode())
         with file.open("rb") as f:
