@@ -80,8 +80,8 @@ def test_a_group_stores_a_scale_an_offset_and_a_code_for_each_weight(bits, w, si
     assert ((w - stored).abs() <= alpha * (0.5 + 2.0 ** (bits - 23))).all()
     low, high = w.aminmax(dim=2, keepdim=True)
     step = (high - low) / (2**bits - 1)
-    assert torch.equal(beta, low)  # and α is rounded up to float16
-    assert ((step <= alpha) & (alpha <= step * (1 + 2**-10) + 2**-24)).all()
+    assert torch.equal(beta, low)  # α is rounded up to float16: by 2^-10, or to 2^-24 at least
+    assert ((0.9999 * step <= alpha) & (alpha <= 1.001 * step + 2**-24)).all()
 
 
 @given(LAYERS)
@@ -106,7 +106,7 @@ def least_error(w_Ng, bits):
 
 @pytest.mark.parametrize("bits, g", [(2, 3), (2, 5), (3, 4), (4, 3)])
 def test_lora_cannot_be_merged_unless_its_update_is_constant_in_each_group(bits, g):
-    """3. W~ + s · B A, A [R, I], is no α · codes + β (section 3.2): all updates of -1, 0 and 1."""
+    """3. W~ + s · B A, A [R, I], is no α · codes + β (section 3.2): try all updates of -1, 0, 1."""
     torch.manual_seed(0)
     updates = torch.cartesian_prod(*[torch.arange(-1.0, 2)] * g)  # [N, g]
     stays = torch.ones(len(updates), dtype=torch.bool)
@@ -122,10 +122,10 @@ def test_lora_cannot_be_merged_unless_its_update_is_constant_in_each_group(bits,
 
 @given(LAYERS)
 def test_qalora_can_be_merged_as_it_moves_offsets_and_nothing_else(layer):
-    """4. α · codes + β + s · B A = α · codes + β', A [R, G] (3.3): any β', O · G, where R = G."""
+    """4. α · codes + β + s · B A = α · codes + β', A [R, G] (section 3.3); any β' can be had."""
     rows, groups = layer.base.offset.shape
     full = QALoRALinear(copy.deepcopy(layer.base), rank=groups, alpha=groups)
-    full.lora_A.data = torch.eye(groups)
+    full.lora_A.data = torch.eye(groups)  # B is the change: O · G degrees of freedom, as offsets
     full.lora_B.data = torch.randint(-9, 10, (rows, groups)).float()
     for adapted, change in ((layer, 2 * layer.lora_B @ layer.lora_A), (full, full.lora_B)):
         w_OGg = adapted.base.dequantize().unflatten(1, (groups, -1)) + change[..., None]
@@ -170,8 +170,8 @@ def test_a_merged_layer_returns_the_adapted_layers_bits(bits, w_OGg, rank, size,
 
 @settings(max_examples=15)
 @given(BITS, st.sampled_from([1, 8, 32]), st.lists(st.sampled_from(LINEARS), min_size=1), DTYPES)
-def test_a_merged_model_returns_the_trained_models_bits_with_other_offsets(bits, g, names, dtype):
-    """7 and 8. β' = β + s · B A in the adapted layers; α, codes and all else stay."""
+def test_merging_a_trained_model_keeps_its_logits_and_moves_offsets_only(bits, g, names, dtype):
+    """8. β' = β + s · B A; α, codes and all other layers stay, and every bit of the output (7)."""
     base = quantize_model(llama(), bits, g).to(dtype)
     adapted = trained(add_adapters(copy.deepcopy(base), 4, 16, names))
     merged, tokens = merge(copy.deepcopy(adapted)), torch.randint(400, (3, 20))
@@ -204,24 +204,24 @@ def test_the_trainable_parameters_are_the_papers():
 
 @given(BITS, WEIGHTS)
 def test_gptq_is_rounding_to_nearest_where_inputs_are_uncorrelated(bits, w_OGg):
-    """11. min |(W - W~) x|², by H = x x^T: if that is diagonal no weight makes up for another."""
-    w = (64 * w_OGg.flatten(1)).round() / 64  # so that float32 rounds both alike
-    hessian = torch.diag(2.0 ** torch.randint(-20, 21, w.shape[1:]))
+    """11. min |(W - W~) x|² with H = x x^T: if H is diagonal no weight makes up for another."""
+    w, hessian = w_OGg.flatten(1), torch.diag(2.0 ** torch.randint(-20, 21, w_OGg[0].shape).flatten())
     gptq = quantize_gptq(w, hessian, bits, w_OGg.shape[2], search=False)
     assert all(map(torch.equal, gptq, quantize_rtn(w, bits, w_OGg.shape[2])))
 
 
-@pytest.mark.parametrize("bits, search", [(2, True), (3, False), (3, True), (4, False), (4, True)])
-def test_gptq_is_better_where_inputs_are_correlated(bits, search):
-    torch.manual_seed(0)
-    w, x = torch.randn(256, 128), torch.randn(256, 32) @ torch.randn(32, 128)
+@settings(max_examples=10)
+@given(BITS, st.booleans(), SEEDS)
+def test_gptq_is_better_where_inputs_are_correlated(bits, search, seed):
+    torch.manual_seed(seed)
+    w, x = torch.randn(64, 96), torch.randn(200, 24) @ torch.randn(24, 96)  # 96 inputs, rank 24
     gptq = dequantize(quantize_gptq(w, x.t() @ x, bits, 32, search))
     rtn = dequantize(quantize_rtn(w, bits, 32))
-    assert ((w - gptq) @ x.t()).norm() < 0.9 * ((w - rtn) @ x.t()).norm()
+    assert ((w - gptq) @ x.t()).norm() < 0.7 * ((w - rtn) @ x.t()).norm()
 
 
 def test_blocks_are_calibrated_on_what_the_quantized_blocks_before_them_give():
-    """12. H = x x^T in a block: x goes into its float layers, and comes from quantized blocks."""
+    """12. H = x x^T for a block's own float layers, x what the quantized blocks before it give."""
     model, tokens, inputs = llama(), torch.randint(400, (4, 16)), []
     float_block = copy.deepcopy(model.model.layers[1])
     gptq = mock.Mock(side_effect=lambda w, *_: quantize_rtn(w, 2, 8))
@@ -236,19 +236,19 @@ def test_blocks_are_calibrated_on_what_the_quantized_blocks_before_them_give():
 
 
 @settings(max_examples=20)
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.integers(120, 160))
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.integers(80, 120))
 def test_only_response_tokens_are_learned(world, texts, max_length):
     """13. loss = mean of -log p(y_t | x, y_<t): x the prompt, y the response and its end (EOS)."""
-    words, losses = tokenizer.load_tokenizer(world / "weights"), []
+    encoder, losses = tokenizer.load_tokenizer(world / "weights"), []
     texts = [instructions.Record(instructions.alpaca_prompt(x), y) for x, y in texts]
-    examples, _ = batches.encode(texts, words, max_length)
+    examples, _ = batches.encode(texts, encoder, max_length)
     logits_BTV = normal(len(texts), max_length, 400, seed=0).float().requires_grad_()
     network = mock.Mock(side_effect=lambda x, keep_BT: logits_BTV[:, : x.shape[1]][keep_BT])
     network.parameters.return_value = iter([logits_BTV])
     loss = train.accumulate_gradients(network, examples, micro_batch_size=4)
     for (prompt, response), logits, grad in zip(texts, logits_BTV, logits_BTV.grad, strict=True):
-        prompt = [words.bos_id(), *words.encode(prompt)]
-        tokens = torch.tensor([*prompt, *words.encode(response), words.eos_id()][:max_length])
+        prompt = [encoder.bos_id(), *encoder.encode(prompt)]
+        tokens = torch.tensor([*prompt, *encoder.encode(response), encoder.eos_id()][:max_length])
         places = torch.arange(len(prompt) - 1, len(tokens) - 1)  # each predicts the token after it
         assert torch.equal(grad.any(1).nonzero()[:, 0], places)
         losses += [nn.functional.cross_entropy(logits[t], tokens[t + 1]).item() for t in places]
