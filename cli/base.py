@@ -12,9 +12,9 @@ import shutil
 from collections.abc import Callable
 
 import torch
-from baselines import quantize_model_nf4
 
 import formats
+from baselines import quantize_model_nf4
 from cli.errors import UserError
 from cli.files import written_whole
 from cli.machine import compute_dtype, trim_heap

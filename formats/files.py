@@ -83,7 +83,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def model_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The config and weight files of a model: of a folder, of a run (base and adapter), or a file."""
+    """The config and weight files of a model: a folder, a run (base and adapter), or a file."""
     if path.is_file():
         return [path]
     if (path / "run.json").is_file():
