@@ -1,6 +1,7 @@
-"""compare.py: what is chosen never saw the test, the numbers are what they are called, no row is missing."""
+"""compare.py: rates are chosen without the test, numbers are what they are called, no row lacks."""
 
 import copy
+import dataclasses
 import json
 import random
 import statistics
@@ -8,19 +9,30 @@ import sys
 import time
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import compare
-import data
 import quant
-import train
-from cli import UserError, run_command
+from cli import comparison
+from cli.errors import UserError, run_command
+from llama import Llama, LlamaConfig, load_pretrained
+from text.tokenizer import load_tokenizer
+from text.toy import make_world
 
-SMALL = compare.FULL | dict(
-    model=compare.FULL["model"] | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1),
-    people=24, pretraining=compare.FULL["pretraining"] | dict(steps=3), steps=1, batch_size=4, group_size=8, group_sizes=[8, 16], bits=[3, 2],
-    rates=[1e-3, 1e-2])
+SMALL = dataclasses.replace(
+    compare.FULL,
+    model=compare.FULL.model | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1),
+    people=24,
+    pretraining=compare.FULL.pretraining | dict(steps=3),
+    steps=1,
+    batch_size=4,
+    group_size=8,
+    group_sizes=(8, 16),
+    bits=(3, 2),
+    rates=(1e-3, 1e-2),
+)
 
 
 def test_ctrl_c_does_not_wait_for_the_jobs_that_are_queued():
@@ -33,7 +45,7 @@ def test_ctrl_c_does_not_wait_for_the_jobs_that_are_queued():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(results of a comparison too short to learn anything, in this process; the calls of `judge` it made)."""
+    """(results of a comparison too short to learn anything, the calls of `judge` it made)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("compare"))
         judged, judge = [], compare.judge
@@ -84,9 +96,9 @@ def people_of(records):
     return {" ".join([word for word in text.split() if word[0].isupper()][1:]) for text in asked}
 
 
-@given(st.integers(0, 2 ** 32), st.integers(24, 100))
+@given(st.integers(0, 2**32), st.integers(24, 100))
 def test_the_people_of_fine_tuning_of_validation_and_of_the_test_are_three_groups(seed, people):
-    world = data.make_world(seed, people)
+    world = make_world(seed, people)
     tuning, validation = compare.split(world)
     groups = [people_of(part) for part in (tuning, validation, world.test)]
     assert all(groups) and len(set.union(*groups)) == sum(map(len, groups)) == people
@@ -96,38 +108,51 @@ def test_the_people_of_fine_tuning_of_validation_and_of_the_test_are_three_group
 def test_the_learning_rates_are_chosen_without_the_test_and_on_a_seed_that_is_not_reported(small):
     results, judged = small
     choosing = [i for i, (_, choosing) in enumerate(judged) if choosing]
-    assert choosing == list(range(len(results["validation"]))), "some test was judged before all rates were chosen"
+    assert choosing == list(range(len(results["validation"]))), (
+        "some test was judged before all rates were chosen"
+    )
     assert {row["seed"] for row in results["validation"]} == {compare.CHOOSING_SEED}
     assert {row["seed"] for row in results["rows"]} == {1}
     assert not {"multiple_choice", "perplexity"} & results["validation"][0].keys()
 
 
-def test_judging_for_a_choice_reads_neither_test_choices_nor_held_out_text(small, tmp_path, monkeypatch):
+def test_judging_for_a_choice_reads_neither_test_choices_nor_held_out_text(
+    small, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     folder = compare.base_folder(SMALL, 0)
-    world = data.make_world(0, SMALL["people"])._replace(test=None, choices=None, heldout=None)
-    model, tokenizer = compare.load_pretrained(folder), data.load_tokenizer(folder)
+    world = make_world(0, SMALL.people)._replace(test=None, choices=None, heldout=None)
+    model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
     assert compare.judge(model, tokenizer, world, True).keys() == {"exact_match", "loss"}
 
 
 def test_the_chosen_rate_has_most_exact_matches_and_then_the_least_loss():
-    rows = [dict(row=name, lr=lr, exact_match=match, loss=loss) for name, lr, match, loss in [
-        ("a", 1, 0.5, 1.0), ("a", 2, 0.6, 9.0), ("a", 3, 0.6, 8.0), ("b", 1, 0.1, 0.1), ("b", 2, 0.0, 0.0)]]
+    measured = [
+        ("a", 1, 0.5, 1.0),
+        ("a", 2, 0.6, 9.0),
+        ("a", 3, 0.6, 8.0),
+        ("b", 1, 0.1, 0.1),
+        ("b", 2, 0.0, 0.0),
+    ]
+    names = ("row", "lr", "exact_match", "loss")
+    rows = [dict(zip(names, values, strict=True)) for values in measured]
     for _ in range(5):
         assert compare.choose(random.sample(rows, len(rows))) == {"a": 3, "b": 1}
 
 
 def test_every_method_bit_width_and_ablation_has_one_row_a_seed(small):
     results, _ = small
-    table = ["base", "LoRA", "QLoRA"] + [f"{method} {bits} bits" for bits in (3, 2)
-                                         for method in ("RTN", "GPTQ", "QLoRA w/ GPTQ", "QA-LoRA")]
+    table = ["base", "LoRA", "QLoRA"]
+    for method in ("RTN", "GPTQ", "QLoRA w/ GPTQ", "QA-LoRA"):
+        table += [f"{method} {bits} bits" for bits in (3, 2)]
     ablations = [f"{method} 2 bits, groups of 16" for method in ("QLoRA w/ GPTQ", "QA-LoRA")]
-    ablations += [f"{method} {bits} bits, min-max ranges"
-                  for method in ("GPTQ", "QLoRA w/ GPTQ", "QA-LoRA") for bits in (3, 2)]
-    ablations += [f"{method}, {what}" for method in ("QLoRA", "QLoRA w/ GPTQ 2 bits", "QA-LoRA 2 bits")
-                  for what in ("attention only", "1/8 of the examples")]
+    for method in ("GPTQ", "QLoRA w/ GPTQ", "QA-LoRA"):
+        ablations += [f"{method} {bits} bits, min-max ranges" for bits in (3, 2)]
+    for method in ("QLoRA", "QLoRA w/ GPTQ 2 bits", "QA-LoRA 2 bits"):
+        ablations += [f"{method}, {what}" for what in ("attention only", "1/8 of the examples")]
     assert sorted(row["row"] for row in results["rows"]) == sorted(table + ablations)
-    assert all(row[metric] is not None for row in results["rows"] for metric in compare.MEASURED)
+    for row in results["rows"]:
+        assert all(row[metric] is not None for metric in comparison.MEASURED)
     assert json.loads(json.dumps(results))["rows"][0]["row"] == "base"
 
 
@@ -139,21 +164,47 @@ def test_every_row_was_trained_with_the_rate_its_method_chose(small):
 
 
 def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
-    rates = {"LoRA": 0.1, "QLoRA": 0.2, "QLoRA w/ GPTQ 3 bits": 0.3, "QLoRA w/ GPTQ 2 bits": 0.4, "QA-LoRA 3 bits": 0.5,
-             "QA-LoRA 2 bits": 0.6}
-    used = lambda job: [rated.lr for rated in compare.rated(SMALL, job, rates)]
+    rates = {
+        "LoRA": 0.1,
+        "QLoRA": 0.2,
+        "QLoRA w/ GPTQ 3 bits": 0.3,
+        "QLoRA w/ GPTQ 2 bits": 0.4,
+        "QA-LoRA 3 bits": 0.5,
+        "QA-LoRA 2 bits": 0.6,
+    }
+
+    def used(job):
+        return [rated.lr for rated in compare.rated(SMALL, job, rates)]
+
     plain = {(job.method, job.bits): used(job) for job in compare.main_jobs(SMALL, 1)}
-    assert plain == {("LoRA", 0): [0.1], ("QLoRA", 0): [0.2, 0.3, 0.4], ("QA-LoRA", 3): [0.5], ("QA-LoRA", 2): [0.6]}
-    for job in compare.ablation_jobs(SMALL, 1):  # those of QLoRA are deployed as they are and at the fewest bits
+    assert plain == {
+        ("LoRA", 0): [0.1],
+        ("QLoRA", 0): [0.2, 0.3, 0.4],
+        ("QA-LoRA", 3): [0.5],
+        ("QA-LoRA", 2): [0.6],
+    }
+    for job in compare.ablation_jobs(SMALL, 1):
+        # those of QLoRA are deployed as they are and at the fewest bits
         assert used(job) == ([0.2, 0.4] if job.method == "QLoRA" else plain[job.method, job.bits])
 
 
-@pytest.mark.parametrize("words, said", [
-    ("--quick --workers 0", "--workers"), ("--quick --seeds 0", "--seeds"), ("--quick --seeds -1", "--seeds"),
-    ("--quick --out folder", "folder is a folder"), ("--quick --out results.json/file", "results.json"),
-    ("--plot results.json", "holds no results"), ("--plot folder/notes.txt", "not valid JSON"),
-    ("--plot folder/bench.json", "holds no results"), ("--plot results.json --quick", "would make another")])
-def test_a_wrong_option_is_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, words, said):
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--quick --workers 0", "--workers"),
+        ("--quick --seeds 0", "--seeds"),
+        ("--quick --seeds -1", "--seeds"),
+        ("--quick --out folder", "folder is a folder"),
+        ("--quick --out results.json/file", "results.json"),
+        ("--plot results.json", "holds no results"),
+        ("--plot folder/notes.txt", "not valid JSON"),
+        ("--plot folder/bench.json", "holds no results"),
+        ("--plot results.json --quick", "would make another"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_trained(
+    tmp_path, monkeypatch, capsys, words, said
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "folder").mkdir()
@@ -163,7 +214,8 @@ def test_a_wrong_option_is_refused_before_anything_is_trained(tmp_path, monkeypa
     with pytest.raises(SystemExit) as e:
         run_command(compare.main)
     assert e.value.code == 2 and said in capsys.readouterr().err
-    assert sorted(f.name for f in tmp_path.rglob("*")) == ["bench.json", "folder", "notes.txt", "results.json"]
+    left = sorted(f.name for f in tmp_path.rglob("*"))
+    assert left == ["bench.json", "folder", "notes.txt", "results.json"]
 
 
 def test_deployed_bits_are_codes_and_a_share_of_scale_and_offset(small):
@@ -182,36 +234,44 @@ def test_deployed_bits_are_codes_and_a_share_of_scale_and_offset(small):
 
 def test_trainable_parameters_are_counted_from_the_shapes(small):
     results, _ = small
-    shapes = {"attention": [(32, 32)] * 4, "mlp": [(64, 32)] * 2 + [(32, 64)]}  # outputs, inputs of the one layer
+    attention, mlp = [(32, 32)] * 4, [(64, 32)] * 2 + [(32, 64)]  # outputs, inputs of the one layer
     for row in results["rows"]:
-        layers = shapes["attention"] + ([] if "attention only" in row["row"] else shapes["mlp"])
-        group = 1 if row["row"].startswith(("LoRA", "QLoRA")) else 16 if "groups of 16" in row["row"] else 8
-        expected = sum(SMALL["rank"] * (outputs + inputs // group) for outputs, inputs in layers)
+        layers = attention if "attention only" in row["row"] else attention + mlp
+        group = 16 if "groups of 16" in row["row"] else 8
+        if row["row"].startswith(("LoRA", "QLoRA")):
+            group = 1
+        expected = sum(SMALL.rank * (outputs + inputs // group) for outputs, inputs in layers)
         assert row["trainable"] == (0 if row["method"] == "base" else expected), row
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=6))
 def test_mean_and_spread_are_those_of_the_statistics_module(values):
-    rows = [{"row": "a", **{metric: value for metric in compare.MEASURED}} for value in values]
-    for mean, spread in compare.summary(rows)["a"].values():
-        assert mean == pytest.approx(statistics.mean(values)) and spread == pytest.approx(statistics.stdev(values))
+    rows = [{"row": "a", **dict.fromkeys(comparison.MEASURED, value)} for value in values]
+    for mean, spread in comparison.summary(rows)["a"].values():
+        assert mean == pytest.approx(statistics.mean(values))
+        assert spread == pytest.approx(statistics.stdev(values))
 
 
 def test_differences_are_taken_seed_by_seed():
-    match = {"QA-LoRA 2 bits": (0.5, 0.9), "QLoRA w/ GPTQ 2 bits": (0.4, 0.7),
-             "QA-LoRA 2 bits, attention only": (0.5, 0.5)}
-    rows = [dict(row=name, seed=seed, exact_match=value)
-            for name, values in match.items() for seed, value in enumerate(values)]
-    assert compare.differences(rows).splitlines() == [
+    match = {
+        "QA-LoRA 2 bits": (0.5, 0.9),
+        "QLoRA w/ GPTQ 2 bits": (0.4, 0.7),
+        "QA-LoRA 2 bits, attention only": (0.5, 0.5),
+    }
+    rows = []
+    for name, values in match.items():
+        rows += [dict(row=name, seed=seed, exact_match=v) for seed, v in enumerate(values)]
+    assert comparison.differences(rows).splitlines() == [
         "QA-LoRA 2 bits against QLoRA w/ GPTQ 2 bits: +15.0 ± 7.1",
-        "QA-LoRA 2 bits, attention only against QA-LoRA 2 bits: -20.0 ± 28.3"]
+        "QA-LoRA 2 bits, attention only against QA-LoRA 2 bits: -20.0 ± 28.3",
+    ]
 
 
 def test_without_search_gptq_keeps_the_range_of_each_group(small, monkeypatch):
     seen, gptq = [], quant.quantize_gptq
     monkeypatch.setattr(quant, "quantize_gptq", lambda *a: seen.append(a[4]) or gptq(*a))
-    model = train.Llama(compare.LlamaConfig(**SMALL["model"]))
-    tokens = data.torch.randint(512, (2, 32))
+    model = Llama(LlamaConfig(**SMALL.model))
+    tokens = torch.randint(512, (2, 32))
     for search in (True, False):
         quant.quantize_model(copy.deepcopy(model), 2, 8, tokens, search=search)
     assert seen == [True] * 7 + [False] * 7
@@ -219,8 +279,8 @@ def test_without_search_gptq_keeps_the_range_of_each_group(small, monkeypatch):
 
 def test_the_table_shows_every_row(small):
     results, _ = small
-    text = compare.table(results["rows"])
-    assert len(text.splitlines()) == 1 + len(compare.summary(results["rows"]))
+    text = comparison.table(results["rows"])
+    assert len(text.splitlines()) == 1 + len(comparison.summary(results["rows"]))
     assert "QA-LoRA 2 bits, attention only" in text
 
 
@@ -228,12 +288,12 @@ def test_the_figure_is_drawn(small, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     path = tmp_path / "compare.json"
     path.write_text(json.dumps(small[0]))
-    compare.plot(path)
+    comparison.plot(path)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_figure_is_refused_by_its_name(small, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     (tmp_path / "compare.json").write_text(json.dumps(small[0]))
     with pytest.raises(UserError, match="pip install matplotlib"):
-        compare.plot(tmp_path / "compare.json")
+        comparison.plot(tmp_path / "compare.json")
