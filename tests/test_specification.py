@@ -60,7 +60,7 @@ def trained(model):
 
 
 BITS, RANKS, SEEDS = st.sampled_from([2, 3, 4]), st.integers(1, 5), st.integers(0, 2**31)
-SHAPES = st.integers(1, 5), st.integers(1, 4), st.integers(1, 40)  # O, G, g
+SHAPES = st.integers(1, 5), st.integers(1, 8), st.integers(1, 40) | st.just(32)  # O, G, g
 WEIGHTS = st.builds(normal, *SHAPES, SEEDS)
 LAYERS = st.builds(integer_layer, BITS, *SHAPES, RANKS, SEEDS)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -197,8 +197,9 @@ def test_the_trainable_parameters_are_the_papers():
     for size, millions in table.items():
         with torch.device("meta"):
             models = Llama(CONFIGS[size]), quant.quantized_skeleton(CONFIGS[size], 4, 32)
-            added = [adapter_parameters(add_adapters(model, 64, 16)).values() for model in models]
-        assert [round(sum(p.numel() for p in a) / 1e6) for a in added] == millions
+            parameters = [add_adapters(model, 64, 16).parameters() for model in models]
+        trainable = [sum(p.numel() for p in ps if p.requires_grad) for ps in parameters]
+        assert [round(n / 1e6) for n in trainable] == millions
 
 
 @given(BITS, WEIGHTS)
@@ -235,7 +236,6 @@ def test_blocks_are_calibrated_on_what_the_quantized_blocks_before_them_give():
         torch.testing.assert_close(call.args[1], x.t() @ x / 64, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=20)
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.integers(80, 120))
 def test_only_response_tokens_are_learned(world, texts, max_length):
     """13. loss = mean of -log p(y_t | x, y_<t): x the prompt, y the response and its end (EOS)."""
