@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 import evals
@@ -146,7 +147,9 @@ def split(world: World) -> tuple[list[Record], list[Record]]:
     return world.train[:border], world.train[border:]
 
 
-def judge(model: Llama, tokenizer, world: World, choosing: bool) -> dict[str, float]:
+def judge(
+    model: Llama, tokenizer: SentencePieceProcessor, world: World, choosing: bool
+) -> dict[str, float]:
     """The metrics of a deployed model: on the validation people when choosing, else on the test."""
     if choosing:
         records = split(world)[1]

@@ -14,6 +14,7 @@ F feed-forward width, V vocabulary.
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -208,7 +209,7 @@ class Llama(nn.Module):
     def forward(
         self, tokens_BT: Tensor, cache: "Cache | None" = None, keep_BT: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, T, V] in the model's dtype; with a mask `keep_BT`, only its n true places: [n, V].
+        """Logits [B, T, V] in the model's dtype; with a mask `keep_BT` only its n true places, [n, V].
 
         Padding belongs on the right, where causality hides it. With a `Cache`, `tokens_BT` continue
         what is in it.
@@ -301,7 +302,9 @@ def choose(
     return order.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
 
 
-def load_pretrained(path, dtype: torch.dtype | None = None, device: str = "cpu") -> Llama:
+def load_pretrained(
+    path: str | pathlib.Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> Llama:
     """The float model in a folder of Hugging Face or Meta; `formats/` says what is read and how."""
     from formats import load_pretrained as load  # here, because formats/ imports this module
 

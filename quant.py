@@ -11,15 +11,16 @@ matrix; the layer; quantizing a whole model block by block.
 Dimension key: O outputs, I inputs, G groups (I / group_size), g inputs of one group, N tokens.
 """
 
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-import kernels.matmul
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
+import kernels.matmul
 from cli.errors import UserError
 from llama import LINEARS, Block, Llama, LlamaConfig, linears, rotary_table
 
@@ -584,14 +585,18 @@ def bits_per_weight(model: nn.Module) -> float:
 # ---- files: these two doors lead to formats/, which imports this module
 
 
-def save_quantized(model: Llama, folder, dtype: torch.dtype | None = None, **origin):
+def save_quantized(
+    model: Llama, folder: str | pathlib.Path, dtype: torch.dtype | None = None, **origin
+):
     """Writes a quantized model into a folder; see `formats/quantized.py`."""
     from formats.quantized import save_quantized as save
 
     save(model, folder, dtype, **origin)
 
 
-def load_quantized(folder, dtype: torch.dtype | None = None, device: str = "cpu") -> Llama:
+def load_quantized(
+    folder: str | pathlib.Path, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> Llama:
     """Reads the folder of a quantized model; see `formats/quantized.py`."""
     from formats.quantized import load_quantized as load
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from torch import nn
 
 import evals
@@ -55,7 +56,9 @@ def fine_tune(
 
     Raises FloatingPointError, before anything is updated, when loss or gradient is not finite.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     lengths = tuple(len(example.tokens) for example in examples)
     for step in range(first_step, steps):
         batch = [examples[i] for i in batch_order(lengths, batch_size, step, seed)]
@@ -193,7 +196,7 @@ def train_adapters(
 
 
 def make_examples(
-    settings: Settings, records: list[Record], form: str, tokenizer
+    settings: Settings, records: list[Record], form: str, tokenizer: SentencePieceProcessor
 ) -> tuple[list[Example], list[Example]]:
     """(training examples, examples held out for validation: a twentieth, at most 200)."""
     examples, truncated = encode(records, tokenizer, settings.max_length)

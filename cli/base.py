@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 
 import torch
+from sentencepiece import SentencePieceProcessor
 
 import formats
 from baselines import quantize_model_nf4
@@ -175,7 +176,13 @@ def make_base(settings: Settings, texts: list[str] | None):
         (folder / "made_from.json").write_text(record)
 
 
-def quantize_into(folder: pathlib.Path, source: pathlib.Path, settings: Settings, texts, tokenizer):
+def quantize_into(
+    folder: pathlib.Path,
+    source: pathlib.Path,
+    settings: Settings,
+    texts: list[str] | None,
+    tokenizer: SentencePieceProcessor,
+):
     """Writes float weights as the base of a method: float for lora, NF4 for qlora, else codes.
 
     Blocks are read one after another, so that no more than one is in memory in float.

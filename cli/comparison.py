@@ -2,6 +2,7 @@
 
 import pathlib
 import statistics
+from typing import Any
 
 from cli.errors import UserError, require_matplotlib
 from cli.files import read_json, written_whole
@@ -100,7 +101,7 @@ def plot(path: pathlib.Path):
         figure.savefig(beside, format="png", dpi=150, bbox_inches="tight")
 
 
-def draw(axes, rows: list[dict]):
+def draw(axes: Any, rows: list[dict]):
     """Draws one line a method; `axes` are matplotlib's."""
     lora = {row["seed"]: row["exact_match"] for row in rows if row["row"] == "LoRA"}
     drawn = []

@@ -6,6 +6,7 @@ import pathlib
 from shlex import quote
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import nn
 
 import evals
@@ -62,7 +63,9 @@ def finish(settings: Settings, model: nn.Module, held_out: list[Example]) -> dic
     return results
 
 
-def finish_toy(settings: Settings, model: nn.Module, tokenizer, world: World) -> dict:
+def finish_toy(
+    settings: Settings, model: nn.Module, tokenizer: SentencePieceProcessor, world: World
+) -> dict:
     """Merges `model`, scores every stage in the toy world; prints and returns the results."""
     out, device = pathlib.Path(settings.out), settings.device
     test = encode(world.test, tokenizer, 10**6)[0]

@@ -5,6 +5,7 @@ import random
 
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from torch import nn
 from tqdm import tqdm
 
@@ -76,7 +77,13 @@ def toy_documents(world: World) -> list[str]:
     return texts + [f"{record.prompt} {record.response}" for record in world.train]
 
 
-def score(label: str, model: nn.Module, tokenizer, world: World, files: list[pathlib.Path]) -> dict:
+def score(
+    label: str,
+    model: nn.Module,
+    tokenizer: SentencePieceProcessor,
+    world: World,
+    files: list[pathlib.Path],
+) -> dict:
     """One row of the default run's table. files: the folders that hold the model."""
     stream = token_stream(world.heldout, tokenizer)
     choices = evals.multiple_choice(
