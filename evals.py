@@ -1,36 +1,30 @@
-"""Judging a model: perplexity, multiple choice, MMLU, and (for train.py) exact match and loss.
+"""Judging a model: perplexity, multiple choice by log-likelihood, MMLU, exact match and loss.
 
     python evals.py FOLDER --perplexity FILE.txt
-    python evals.py FOLDER --multiple-choice FILE.jsonl
-    python evals.py FOLDER --mmlu DIR --shots 5
-    python evals.py FOLDER --mmlu FILE.jsonl
+    python evals.py FOLDER --multiple-choice FILE.jsonl   {"question", "choices", "answer"} a line
+    python evals.py FOLDER --mmlu DIR --shots 5           the official folder: dev/ and test/
+    python evals.py FOLDER --mmlu FILE.jsonl              {"subject", "input", "output"} a line
+    python -m pytest tests/test_evals.py
 
-FOLDER is a model folder (float, quantized, merged) or a run of train.py. The files:
+FOLDER is a model folder (float, quantized, merged) or a run of train.py. What is measured, and how:
 
-    --multiple-choice  lines of {"question": "...", "choices": ["...", "..."], "answer": 0}
-    --mmlu DIR         the official folder: dev/*_dev.csv, test/*_test.csv
-    --mmlu FILE.jsonl  lines of {"subject": "...", "input": "...", "output": "A"}
-
-What is measured, and how:
-
-* Perplexity: the text is one stream after BOS, cut into adjacent windows that overlap by one token.
-  So every token is predicted exactly once, from what precedes it in its window. A sliding window
+* Perplexity: the text is one stream after BOS, cut into adjacent windows that overlap by one token,
+  so every token is predicted exactly once, from what precedes it in its window. A sliding window
   would give each token more context, at many times the cost. Published figures for LLaMA come from
-  adjacent windows too, of 2,048 tokens.
-* Multiple choice: the likeliest choice after the question, by the sum of its tokens' log
-  probabilities, and by that sum divided by the number of the choice's characters (acc and acc_norm
-  of lm-evaluation-harness). Question and choice are tokenized separately and joined. LLaMA's
-  tokenizer begins every text with a space, so these are the tokens of "question choice" encoded as
-  one text, and a choice in a file needs no space before it.
+  adjacent windows too, of 2,048.
+* Multiple choice: the likeliest choice after the question, by the sum of its tokens'
+  log-probabilities, and by that sum divided by the choice's characters (acc and acc_norm of
+  lm-evaluation-harness). Question and choice are tokenized separately and joined, as
+  text/batches.py joins prompt and response. LLaMA's tokenizer begins every text with a space, so
+  these are the tokens of "question choice" encoded whole, and the files need no space at the seam.
 * MMLU: the official prompt; the answer is the letter that is likeliest after "Answer:". Every
   question counts once in its category and in the average, as in the official script.
-* Of equal scores the first wins. The standard error of an accuracy p over n questions is
+* Of equal scores the first wins. Beside an accuracy p of n questions stands its standard error,
   sqrt(p (1 - p) / n).
-* A question that does not fit into the model's context loses its beginning, except BOS. Such
-  questions are counted.
+* A question that does not fit the model's context loses its beginning (BOS stays); it is counted.
 
 A question is read once, and its choices continue from its keys and values. Questions of equal
-length are read together. So only choices are padded, on the right, where causal attention never
+length are read together, so the only padding comes after a choice, where causal attention never
 looks.
 """
 
@@ -38,7 +32,7 @@ import argparse
 import itertools
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,21 +41,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import formats
-import llama
-from cli import machine
 from cli.errors import Parser, UserError, run_command
-from llama import Cache, Llama
+from cli.machine import check_device, compute_dtype, default_device
+from llama import Cache, Llama, generate
 from text.batches import Example, collate
 from text.instructions import Record, read_text
 from text.questions import LETTERS, MMLU_CATEGORIES, check_choices, read_json_lines, read_mmlu
 from text.tokenizer import decode, encode_prompt, load_tokenizer
 
-# ---- measuring. `progress` is the title of a progress bar on stderr; without one there is no bar
+# Below, `progress` is the title of a progress bar on stderr; None means no bar
+
+# ---- the probability of tokens
 
 
 @torch.inference_mode()
 def token_log_probs(model: Llama, tokens_BT: Tensor, target_BT: Tensor) -> Tensor:
-    """Natural-log probability, float32, of each of the N tokens where target_BT is True: [N]."""
+    """Natural-log probability [N] (float32) of each token where target_BT is True, row by row."""
     device = next(model.parameters()).device
     tokens_BT, target_BT = tokens_BT.to(device), target_BT.to(device)
     assert not target_BT[:, 0].any(), "the first token has nothing before it"
@@ -76,9 +71,10 @@ def perplexity(
     progress: str | None = None,
     batch_size: int = 1,
 ) -> float:
-    """exp of the mean negative log-likelihood of tokens[1:], each predicted once.
+    """exp of the mean negative log-likelihood of tokens[1:].
 
-    tokens: one-dimensional, BOS first. window: inputs of a window, at most the model's context.
+    Each is predicted once, within a window of at most `window` inputs. tokens: one-dimensional,
+    beginning with BOS. window: at most the model's context.
     """
     tokens = torch.as_tensor(tokens, dtype=torch.long)
     assert tokens.dim() == 1 and len(tokens) > 1 and window > 0, (tokens.shape, window)
@@ -88,39 +84,39 @@ def perplexity(
     with tqdm(total=predicted, desc=progress, unit=" tokens", disable=progress is None) as bar:
         for first in range(0, len(starts), batch_size):
             rows = [tokens[i : i + window + 1] for i in starts[first : first + batch_size]]
-            tokens_BT, length_B = pad(rows)
+            tokens_BT, lengths_B = pad(rows)
             time_T = torch.arange(tokens_BT.shape[1])
-            target_BT = (time_T > 0) & (time_T < length_B[:, None])
-            log_probs_N = token_log_probs(model, tokens_BT, target_BT)
-            total -= log_probs_N.double().sum().item()
-            bar.update(len(log_probs_N))
+            target_BT = (time_T > 0) & (time_T < lengths_B[:, None])
+            log_probs = token_log_probs(model, tokens_BT, target_BT)
+            total -= log_probs.double().sum().item()
+            bar.update(len(log_probs))
     mean = total / predicted
     return math.exp(mean) if mean < 700 else math.inf  # exp(710) is an OverflowError
 
 
 def response_loss(
-    model: Llama,
-    examples: Sequence[Example],
-    batch_size: int = 16,
-    progress: str | None = None,
+    model: Llama, examples: Sequence[Example], batch_size: int = 16, progress: str | None = None
 ) -> float:
-    """Mean negative log-likelihood of the examples' response tokens (EOS too), in nats a token."""
-    ordered = sorted(examples, key=lambda example: len(example.tokens), reverse=True)
+    """Mean negative log-likelihood of the examples' responses, EOS included, in nats a token."""
+    ordered = sorted(examples, key=lambda e: len(e.tokens), reverse=True)
     total, count = 0.0, 0
-    for first in tqdm(range(0, len(ordered), batch_size), progress, disable=progress is None):
+    for first in tqdm(range(0, len(ordered), batch_size), desc=progress, disable=progress is None):
         tokens_BT, target_BT = collate(ordered[first : first + batch_size])
-        log_probs_N = token_log_probs(model, tokens_BT, target_BT)
-        total -= log_probs_N.double().sum().item()
-        count += len(log_probs_N)
+        log_probs = token_log_probs(model, tokens_BT, target_BT)
+        total -= log_probs.double().sum().item()
+        count += len(log_probs)
     assert count, "no response tokens"
     return total / count
 
 
 def pad(rows: Sequence) -> tuple[Tensor, Tensor]:
-    """Rows of tokens -> tokens_BT, padded on the right, and the rows' lengths [B]."""
+    """Lists of tokens -> (tokens_BT, padded on the right; their lengths_B)."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    lengths = torch.tensor([len(row) for row in rows])
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+    lengths_B = torch.tensor([len(row) for row in rows])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths_B
+
+
+# ---- multiple choice
 
 
 def choice_scores(
@@ -129,56 +125,43 @@ def choice_scores(
     batch_size: int = 16,
     progress: str | None = None,
 ) -> tuple[list[Tensor], int]:
-    """Log-likelihood of every choice after its context, and how many contexts had to be cut.
+    """The log-likelihood of every choice after its context, and how many contexts were cut.
 
     questions: pairs of a context (tokens, BOS first) and its choices (lists of tokens, none empty).
-    batch_size: how many choices are read at a time. Returns a float64 tensor for each question, and
-    how many contexts lost their beginning to fit. Raises UserError when a choice alone is longer
-    than the model's context.
+    batch_size counts choices. Returns a float64 tensor for each question, and how many questions
+    lost their beginning. Raises UserError when a choice alone is longer than the model's context.
     """
-    choices = [choices for _, choices in questions]
-    contexts = fit_contexts(questions, model.config.max_position_embeddings)
-    cut = 0
-    for short, (context, _) in zip(contexts, questions, strict=True):
-        cut += len(short) < len(context)
-    scores = [None] * len(contexts)
-    per_batch = max(1, batch_size // max(len(some) for some in choices))
-    for batch in equal_length_batches(contexts, per_batch, progress):
-        found = batch_choice_scores(
-            model, [contexts[i] for i in batch], [choices[i] for i in batch]
-        )
+    limit = model.config.max_position_embeddings
+    fitted = [fit(i, *question, limit) for i, question in enumerate(questions, 1)]
+    truncated = 0
+    for short, (context, _) in zip(fitted, questions, strict=True):
+        truncated += len(short) < len(context)
+    scores = [None] * len(fitted)
+    per_batch = max(1, batch_size // max(len(choices) for _, choices in questions))
+    for batch in equal_length_batches(fitted, per_batch, progress):
+        contexts, choices = [fitted[i] for i in batch], [questions[i][1] for i in batch]
+        found = batch_choice_scores(model, contexts, choices)
         for i, score in zip(batch, found, strict=True):
             scores[i] = score
-    return scores, cut
+    return scores, truncated
 
 
-def fit_contexts(
-    questions: Sequence[tuple[list[int], list[list[int]]]], limit: int
-) -> list[list[int]]:
-    """The questions' contexts, without the tokens after BOS that leave no room for the choices."""
-    contexts = []
-    for number, (context, choices) in enumerate(questions, 1):
-        room = (
-            limit + 1 - max(len(choice) for choice in choices)
-        )  # a choice's last token is no input
-        if room < 1:
-            raise UserError(
-                f"question {number}: a choice exceeds the model's context of {limit} tokens; "
-                "shorten it"
-            )
-        if len(context) > room:
-            context = context[:1] + context[len(context) - room + 1 :]
-        contexts.append(context)
-    return contexts
+def fit(number: int, context: list[int], choices: list[list[int]], limit: int) -> list[int]:
+    """The context, without its beginning (but with BOS) where it and a choice exceed `limit`."""
+    room = limit + 1 - max(len(choice) for choice in choices)  # a choice's last token is no input
+    if room < 1:
+        raise UserError(
+            f"question {number}: a choice exceeds the model's context of {limit} tokens; shorten it"
+        )
+    if len(context) <= room:
+        return context
+    return context[:1] + context[len(context) - room + 1 :]
 
 
 def equal_length_batches(
-    rows: Sequence[list[int]], batch_size: int, progress: str | None
+    rows: Sequence[Sequence], batch_size: int, progress: str | None
 ) -> Iterator[list[int]]:
-    """Batches of indices of rows of equal length.
-
-    The longest come first: if memory runs out, then at once.
-    """
+    """Batches of indices of rows of equal length; the longest first, as they may exceed memory."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     with tqdm(total=len(rows), desc=progress, unit=" questions", disable=progress is None) as bar:
         for _, group in itertools.groupby(order, key=lambda i: len(rows[i])):
@@ -193,61 +176,49 @@ def equal_length_batches(
 def batch_choice_scores(
     model: Llama, contexts: list[list[int]], choices: list[list[list[int]]]
 ) -> Sequence[Tensor]:
-    """Log-likelihoods of the choices of each of B contexts, a float64 tensor for each context.
+    """The log-likelihoods of each context's choices, a float64 tensor each.
 
-    contexts: all of the same length T. All their choices together are N, of at most L tokens.
+    The contexts are of equal length T. All N choices, of at most L tokens, continue from the keys
+    and values of their context.
     """
-    device = next(model.parameters()).device
-    counts = [len(some) for some in choices]
-    choice_NL, length_N = pad(list(itertools.chain.from_iterable(choices)))
-    choice_NL, length_N = choice_NL.to(device), length_N.to(device)
-    context_N = torch.repeat_interleave(torch.tensor(counts)).to(device)  # the one before a choice
+    weight = model.model.embed_tokens.weight
+    dtype, device = weight.dtype, weight.device
     contexts_BT = torch.tensor(contexts, device=device)
+    B, T = contexts_BT.shape
+    counts = [len(c) for c in choices]
+    choice_NL, length_N = pad(list(itertools.chain.from_iterable(choices)))
+    N, L = choice_NL.shape
+    rest_NL = (torch.arange(1, L) < length_N[:, None]).to(device)  # the L - 1 after the first
+    choice_NL = choice_NL.to(device)
+    context_N = torch.repeat_interleave(torch.tensor(counts)).to(device)  # whose choice it is
     last_BT = torch.zeros_like(contexts_BT, dtype=torch.bool)
     last_BT[:, -1] = True
-    L = choice_NL.shape[1]
-    cache = new_cache(model, *contexts_BT.shape) if L > 1 else None
+    cache = Cache(model.config, B, T, dtype, device) if L > 1 else None
     log_probs_BV = model(contexts_BT, cache, keep_BT=last_BT).float().log_softmax(-1)
     score_N = log_probs_BV[context_N, choice_NL[:, 0]].double()
     if L > 1:
-        later_NL = torch.arange(1, L, device=device) < length_N[:, None]  # [N, L - 1]
-        wide = repeat_cache(model, cache, context_N, L - 1)
-        logits_MV = model(choice_NL[:, :-1], wide, keep_BT=later_NL)  # M: all later tokens
-        log_probs_M = -F.cross_entropy(
-            logits_MV.float(), choice_NL[:, 1:][later_NL], reduction="none"
-        )
-        score_N.index_add_(0, later_NL.nonzero()[:, 0], log_probs_M.double())
+        wide = Cache(model.config, N, T + L - 1, dtype, device)
+        wide.keys[:, :, :, :T] = cache.keys[:, context_N]
+        wide.values[:, :, :, :T] = cache.values[:, context_N]
+        wide.length = T
+        logits = model(choice_NL[:, :-1], wide, keep_BT=rest_NL)
+        log_probs = -F.cross_entropy(logits.float(), choice_NL[:, 1:][rest_NL], reduction="none")
+        score_N.index_add_(0, rest_NL.nonzero()[:, 0], log_probs.double())
     return score_N.cpu().split(counts)
-
-
-def new_cache(model: Llama, rows: int, length: int) -> Cache:
-    """An empty cache for `rows` texts of `length` tokens."""
-    weight = model.model.embed_tokens.weight
-    return Cache(model.config, rows, length, weight.dtype, weight.device)
-
-
-def repeat_cache(model: Llama, cache: Cache, row_N: Tensor, room: int) -> Cache:
-    """A cache whose text n begins as text row_N[n] of `cache`, with room for `room` more tokens."""
-    T = cache.length
-    wide = new_cache(model, len(row_N), T + room)
-    wide.keys[:, :, :, :T] = cache.keys[:, row_N]
-    wide.values[:, :, :, :T] = cache.values[:, row_N]
-    wide.length = T
-    return wide
 
 
 def multiple_choice(
     model: Llama,
     tokenizer: SentencePieceProcessor,
-    items: Sequence[tuple[str, list[str], int]],
+    items: Sequence[tuple],
     batch_size: int = 16,
     progress: str | None = None,
 ) -> dict:
     """How often the likeliest choice is the right one.
 
     items: (question, choices, index of the right choice). Returns questions, accuracy,
-    accuracy_error (its standard error), normalized and normalized_error (the same by log-likelihood
-    per character), truncated (how many questions lost their beginning).
+    accuracy_error (the standard error), normalized, normalized_error (the same by log-likelihood
+    per character), truncated (questions that lost their beginning).
     """
     encoded = []
     for question, choices, _ in items:
@@ -258,19 +229,19 @@ def multiple_choice(
         characters = torch.tensor([len(choice) for choice in choices])
         right.append(score.argmax().item() == answer)
         right_normalized.append((score / characters).argmax().item() == answer)
-    accuracy, accuracy_error = mean_and_error(right)
+    accuracy, error = mean_and_error(right)
     normalized, normalized_error = mean_and_error(right_normalized)
     return {
         "questions": len(items),
         "accuracy": accuracy,
-        "accuracy_error": accuracy_error,
+        "accuracy_error": error,
         "normalized": normalized,
         "normalized_error": normalized_error,
         "truncated": truncated,
     }
 
 
-def mean_and_error(right: Sequence[bool]) -> tuple[float, float]:
+def mean_and_error(right: list[bool]) -> tuple[float, float]:
     """Accuracy and its standard error."""
     p = sum(right) / len(right)
     return p, math.sqrt(p * (1 - p) / len(right))
@@ -282,26 +253,36 @@ def mmlu(
     questions: Sequence[tuple[str, str, int]],
     batch_size: int = 16,
     progress: str | None = None,
-) -> tuple[list[tuple[str, int, float, float]], int]:
-    """Accuracy by subject, by category and over all questions.
+) -> tuple[list[tuple], int]:
+    """Accuracy on (subject, prompt, answer index), by subject, by category and over all questions.
 
-    questions: (subject, prompt, answer index). Returns rows of (name, questions, accuracy, standard
-    error), and how many questions lost their beginning.
+    Returns rows of (name, questions, accuracy, standard error), and how many questions lost their
+    beginning.
     """
-    seam = len(tokenizer.encode("Answer:"))  # letters are encoded as in the solved examples
-    letters = [tokenizer.encode(f"Answer: {letter}")[seam:] for letter in LETTERS]
+    seam = len(tokenizer.encode("Answer:"))
+    letters = []  # tokenized as in the solved examples
+    for letter in LETTERS:
+        letters.append(tokenizer.encode(f"Answer: {letter}")[seam:])
     encoded = [(encode_prompt(tokenizer, prompt), letters) for _, prompt, _ in questions]
-    choices_at_a_time = batch_size * len(LETTERS)  # a choice of one token takes no row of its own
-    scores, truncated = choice_scores(model, encoded, choices_at_a_time, progress)
+    per_letter = batch_size * len(LETTERS)  # a choice of one token needs no row of its own
+    scores, truncated = choice_scores(model, encoded, per_letter, progress)
     right = {}  # subject -> list of bools
     for score, (subject, _, answer) in zip(scores, questions, strict=True):
         right.setdefault(subject, []).append(score.argmax().item() == answer)
     groups = {subject: right[subject] for subject in sorted(right)}
     for category, subjects in MMLU_CATEGORIES.items():
-        groups[category] = sum((right.get(subject, []) for subject in subjects), [])
-    groups["average"] = sum(right.values(), [])
-    rows = [(name, len(some), *mean_and_error(some)) for name, some in groups.items() if some]
+        groups[category] = joined(right.get(subject, []) for subject in subjects)
+    groups["average"] = joined(right.values())
+    rows = [(name, len(rs), *mean_and_error(rs)) for name, rs in groups.items() if rs]
     return rows, truncated
+
+
+def joined(lists: Iterable[list]) -> list:
+    """All elements of some lists."""
+    return list(itertools.chain.from_iterable(lists))
+
+
+# ---- generated answers
 
 
 def answers(
@@ -314,13 +295,12 @@ def answers(
 ) -> list[str]:
     """The greedy continuation of each prompt, up to EOS. Prompts of equal length go together."""
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    texts = [""] * len(encoded)
-    eos, device = tokenizer.eos_id(), next(model.parameters()).device
+    texts, eos, device = [None] * len(encoded), tokenizer.eos_id(), next(model.parameters()).device
     for batch in equal_length_batches(encoded, batch_size, progress):
         tokens_BT = torch.tensor([encoded[i] for i in batch], device=device)
-        rows = llama.generate(model, tokens_BT, max_new_tokens, eos_token_id=eos).tolist()
+        rows = generate(model, tokens_BT, max_new_tokens, eos_token_id=eos).tolist()
         for i, row in zip(batch, rows, strict=True):
-            texts[i] = decode(tokenizer, row[len(encoded[i]) :])  # EOS decodes to nothing
+            texts[i] = decode(tokenizer, row[len(encoded[i]) :])  # EOS has no text
     return texts
 
 
@@ -332,73 +312,39 @@ def exact_match(
     batch_size: int = 64,
     progress: str | None = None,
 ) -> float:
-    """The share of records whose greedy answer is the response, except for spaces at its ends."""
+    """The share of records whose greedy answer is the response, but for spaces at both ends."""
+    records = list(records)
     prompts = [record.prompt for record in records]
     texts = answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
-    matches = 0
+    right = 0
     for text, record in zip(texts, records, strict=True):
-        matches += text.strip() == record.response.strip()
-    return matches / len(records)
-
-
-def load(folder: str | pathlib.Path, device: str) -> tuple[Llama, SentencePieceProcessor]:
-    """The model and the tokenizer of a model folder or run, in the dtype that `device` computes in.
-
-    (A CPU computes a hundred times slower in float16, as weights are often stored, than in
-    float32.) Raises UserError when the device cannot be used, the model or the tokenizer is
-    missing, or they do not belong together.
-    """
-    machine.check_device(device)
-    model = formats.load_model(folder, device=device)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size() > model.config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size()} pieces, the model's embedding "
-            f"only {model.config.vocab_size}; copy the tokenizer.model that belongs to the model"
-        )
-    stored = model.model.embed_tokens.weight.dtype
-    return model.to(machine.compute_dtype(stored, device)), tokenizer
+        right += text.strip() == record.response.strip()
+    return right / len(records)
 
 
 # ---- the command
 
 
-def judge_perplexity(model, tokenizer, path: str, text: str, window: int, batch_size: int):
-    """Prints the perplexity of the text in file `path`."""
-    tokens = encode_prompt(tokenizer, text)
-    value = perplexity(model, tokens, window, f"perplexity of {path}", batch_size)
-    print(f"{path}: perplexity {value:.4f} over {len(tokens) - 1} tokens, in windows of {window}")
+def load(folder: str | pathlib.Path, device: str) -> tuple[Llama, SentencePieceProcessor]:
+    """(model, tokenizer) of any model folder or run, in the dtype that `device` computes in.
+
+    Raises UserError when the device cannot be used, there is no model or no tokenizer, or they do
+    not belong together.
+    """
+    check_device(device)
+    model, tokenizer = formats.load_model(folder, device=device), load_tokenizer(folder)
+    pieces, rows = tokenizer.vocab_size(), model.config.vocab_size
+    if pieces > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {pieces} pieces, the model's embedding only {rows}; copy "
+            "the tokenizer.model that belongs to the model"
+        )
+    stored = model.model.embed_tokens.weight.dtype
+    return model.to(compute_dtype(stored, device)), tokenizer
 
 
-def judge_multiple_choice(model, tokenizer, path: str, items: list, batch_size: int):
-    """Prints the accuracy on the questions of file `path`."""
-    result = multiple_choice(model, tokenizer, items, batch_size, f"multiple choice, {path}")
-    accuracy = percent(result["accuracy"], result["accuracy_error"])
-    normalized = percent(result["normalized"], result["normalized_error"])
-    print(f"{path}: {result['questions']} questions, accuracy and standard error")
-    print(f"  by log-likelihood               {accuracy}")
-    print(f"  by log-likelihood per character {normalized}")
-    print_truncated(result["truncated"], len(items))
-
-
-def judge_mmlu(model, tokenizer, path: str, questions: list, shots: int, batch_size: int):
-    """Prints the accuracy on MMLU, by subject, by category, and over all questions."""
-    is_official = pathlib.Path(path).is_dir()
-    title = f"MMLU, {shots}-shot" if is_official else "MMLU"  # JSON lines hold whole prompts
-    rows, truncated = mmlu(model, tokenizer, questions, batch_size, title)
-    print(f"{title}, {path}: questions, accuracy and standard error")
-    for name, count, accuracy, error in rows:
-        print(f"  {name:40} {count:6} {percent(accuracy, error)}")
-    print_truncated(truncated, len(questions))
-
-
-def percent(accuracy: float, error: float) -> str:
-    """`25.00 ± 21.65 %`."""
-    return f"{100 * accuracy:6.2f} ± {100 * error:.2f} %"
-
-
-def print_truncated(truncated: int, questions: int):
-    """Prints how many questions were cut, if any."""
+def report_truncated(truncated: int, questions: int):
+    """Prints how many questions lost their beginning."""
     if truncated:
         print(
             f"{truncated} of {questions} questions were longer than the model's context and lost "
@@ -406,18 +352,68 @@ def print_truncated(truncated: int, questions: int):
         )
 
 
-def read_arguments() -> argparse.Namespace:
-    """The command line; UserError for what does not go together."""
+def judge_perplexity(
+    model: Llama,
+    tokenizer: SentencePieceProcessor,
+    path: str,
+    text: str,
+    window: int,
+    batch_size: int,
+):
+    """Prints the perplexity of a text."""
+    tokens = encode_prompt(tokenizer, text)
+    value = perplexity(model, tokens, window, f"perplexity of {path}", batch_size)
+    print(f"{path}: perplexity {value:.4f} over {len(tokens) - 1} tokens, in windows of {window}")
+
+
+def judge_multiple_choice(
+    model: Llama, tokenizer: SentencePieceProcessor, path: str, items: list, batch_size: int
+):
+    """Prints the accuracy on a file of questions."""
+    result = multiple_choice(model, tokenizer, items, batch_size, f"multiple choice, {path}")
+    plain = percent(result["accuracy"], result["accuracy_error"])
+    normalized = percent(result["normalized"], result["normalized_error"])
+    print(f"{path}: {result['questions']} questions, accuracy and standard error")
+    print(f"  by log-likelihood               {plain}")
+    print(f"  by log-likelihood per character {normalized}")
+    report_truncated(result["truncated"], len(items))
+
+
+def judge_mmlu(
+    model: Llama,
+    tokenizer: SentencePieceProcessor,
+    path: str,
+    questions: list,
+    shots: int,
+    batch_size: int,
+):
+    """Prints the accuracy on MMLU by subject and category."""
+    official = pathlib.Path(path).is_dir()  # JSON lines hold whole prompts
+    what = f"MMLU, {shots}-shot" if official else "MMLU"
+    rows, truncated = mmlu(model, tokenizer, questions, batch_size, what)
+    print(f"{what}, {path}: questions, accuracy and standard error")
+    for name, count, accuracy, error in rows:
+        print(f"  {name:40} {count:6} {percent(accuracy, error)}")
+    report_truncated(truncated, len(questions))
+
+
+def percent(accuracy: float, error: float) -> str:
+    """An accuracy and its standard error in percent."""
+    return f"{100 * accuracy:6.2f} ± {100 * error:.2f} %"
+
+
+def read_options() -> argparse.Namespace:
+    """The options of the command, checked."""
     parser = Parser(prog="evals.py", description=__doc__)
     add = parser.add_argument
     add("folder", help="a model folder or a run of train.py")
     add("--perplexity", metavar="FILE.txt", help="perplexity of a text file")
-    add("--window", type=int, help="tokens in a window; default 2048, or the model's context")
-    add("--multiple-choice", metavar="FILE.jsonl", help="accuracy on question, choices, answer")
-    add("--mmlu", metavar="PATH", help="MMLU's official folder, or lines of subject, input, output")
-    add("--shots", type=int, default=0, help="solved examples before each MMLU question; default 0")
-    add("--batch-size", type=int, default=8, help="sequences at a time; default 8")
-    add("--device", default=machine.default_device())
+    add("--window", type=int, help="tokens in a window of --perplexity (2048, or the context)")
+    add("--multiple-choice", metavar="FILE.jsonl", help="lines of question, choices, answer")
+    add("--mmlu", metavar="PATH", help="the official folder, or JSONL of subject, input, output")
+    add("--shots", type=int, default=0, help="worked examples before each MMLU question (0)")
+    add("--batch-size", type=int, default=8, help="sequences at a time (8)")
+    add("--device", default=default_device())
     args = parser.parse_args()
     if not (args.perplexity or args.multiple_choice or args.mmlu):
         parser.error("nothing to judge by; give --perplexity, --multiple-choice or --mmlu")
@@ -429,25 +425,22 @@ def read_arguments() -> argparse.Namespace:
 
 
 def main():
-    """Reads the files, then loads the model, then judges it."""
-    args = read_arguments()
+    """Reads all files, then the model, then judges it."""
+    args = read_options()
     text = read_text(args.perplexity) if args.perplexity else None
     if text is not None and not text.strip():
         raise UserError(f"{args.perplexity} is empty; give a file with text in it")
-    items, questions = None, None
-    if args.multiple_choice:
-        items = read_json_lines(args.multiple_choice, check_choices)
-    if args.mmlu:
-        questions = read_mmlu(args.mmlu, args.shots)
+    items = read_json_lines(args.multiple_choice, check_choices) if args.multiple_choice else None
+    questions = read_mmlu(args.mmlu, args.shots) if args.mmlu else None
     model, tokenizer = load(args.folder, args.device)
-    context = model.config.max_position_embeddings
-    window = args.window or min(2048, context)
-    if window > context:
+    limit = model.config.max_position_embeddings
+    if args.window and args.window > limit:
         raise UserError(
-            f"--window {window} is more than the model's context of {context} tokens; lower it"
+            f"--window {args.window} is more than the model's context of {limit} tokens; lower it"
         )
     size = args.batch_size
     if text:
+        window = args.window or min(2048, limit)
         judge_perplexity(model, tokenizer, args.perplexity, text, window, size)
     if items:
         judge_multiple_choice(model, tokenizer, args.multiple_choice, items, size)

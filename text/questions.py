@@ -1,6 +1,6 @@
-"""Question files for evals.py: lines of multiple choice, and MMLU as CSV or JSON lines.
+"""Files of questions: JSON lines of multiple choice, and MMLU's official CSV files or JSON lines.
 
-A file is checked as a whole before a model is loaded. An error names the file and the line.
+Every file is checked before a model is loaded. An error names the file and the line.
 """
 
 import csv
@@ -8,7 +8,6 @@ import io
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 from cli.errors import UserError
 from text.instructions import read_text
@@ -38,18 +37,18 @@ _SUBJECTS = {  # Hendrycks et al., 2021: https://github.com/hendrycks/test, cate
 MMLU_CATEGORIES = {category: subjects.split() for category, subjects in _SUBJECTS.items()}
 
 
-def read_json_lines(path: str | pathlib.Path, check: Callable[[dict], Any]) -> list:
-    """[check(record)] for the JSON object in every line that is not empty.
-
-    `check` raises ValueError for a bad record. Raises UserError with the line of the first one, and
-    for a file without records.
-    """
+def read_json_lines(path: str | pathlib.Path, check: Callable[[dict], tuple]) -> list[tuple]:
+    """[check(record)] for the JSON object of every line; `check` raises ValueError if it is bad."""
     items = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            items.append(check(_json_object(line)))
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("no JSON object in braces")
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is a ValueError
+            items.append(check(record))
         except (ValueError, RecursionError) as e:
             reason = getattr(e, "msg", e)
             raise UserError(
@@ -60,39 +59,24 @@ def read_json_lines(path: str | pathlib.Path, check: Callable[[dict], Any]) -> l
     return items
 
 
-def _json_object(line):
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError("no JSON object in braces")
-    # JSON can hold half a surrogate pair (\ud83d): UnicodeEncodeError, a ValueError
-    json.dumps(record, ensure_ascii=False).encode()
-    return record
-
-
 def check_choices(record: dict) -> tuple[str, list[str], int]:
-    """The question, its choices and the index of the right one, from a line of --multiple-choice.
-
-    Raises ValueError.
-    """
+    """The (question, choices, answer index) of one line of multiple choice."""
     question, choices, answer = (record.get(key) for key in ("question", "choices", "answer"))
     if not isinstance(question, str):
         raise ValueError('"question" must be a string')
-    if not isinstance(choices, list) or len(choices) < 2 or not all(map(_has_text, choices)):
+    texts = choices if isinstance(choices, list) else []
+    if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError('"choices" must be a list of two or more strings, none of them empty')
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(
-            f'"answer" must be the index of the right choice, 0 to {len(choices) - 1}, '
-            f"not {answer!r}"
+            f'"answer" must be the index of the right choice, 0 to {len(choices) - 1}, not '
+            f"{answer!r}"
         )
     return question, choices, answer
 
 
-def _has_text(choice):
-    return isinstance(choice, str) and choice.strip() != ""
-
-
 def check_mmlu(record: dict) -> tuple[str, str, int]:
-    """The subject, the prompt and the answer's index, from a line of MMLU. Raises ValueError."""
+    """The (subject, prompt, answer index) of one line of MMLU as JSON lines."""
     subject, prompt, letter = (record.get(key) for key in ("subject", "input", "output"))
     check_subject(subject)
     if not isinstance(prompt, str) or not prompt.endswith("Answer:"):
@@ -101,37 +85,36 @@ def check_mmlu(record: dict) -> tuple[str, str, int]:
 
 
 def check_subject(subject: str):
-    """Raises ValueError unless `subject` is one of MMLU's."""
+    """Raises ValueError for what is none of MMLU's subjects."""
     if not any(subject in subjects for subjects in MMLU_CATEGORIES.values()):
         raise ValueError(f"{subject!r} is none of MMLU's 57 subjects")
 
 
 def letter_index(letter: str) -> int:
-    """0 to 3 for A to D. Raises ValueError for anything else."""
+    """0 to 3 for A to D; ValueError for anything else."""
     if letter not in list(LETTERS):
         raise ValueError(f"the answer must be A, B, C or D, not {letter!r}")
     return LETTERS.index(letter)
 
 
 def read_mmlu(path: str | pathlib.Path, shots: int) -> list[tuple[str, str, int]]:
-    """(subject, prompt, answer index) of every question, in MMLU's official prompt.
+    """(subject, prompt, answer index) of every question of the official folder, or of JSON lines.
 
-    path: the official folder (test/, and for shots dev/ too) or a JSON lines file of whole prompts.
-    shots: how many solved examples a prompt begins with. Raises UserError.
+    The folder has test/ and, for worked examples (`shots` > 0), dev/.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
         if shots:
             raise UserError(
-                f"{path} is no folder, and only the official folder has examples for "
-                f"--shots {shots}"
+                f"{path} is no folder, and only the official folder has examples for --shots "
+                f"{shots}"
             )
         return read_json_lines(path, check_mmlu)
     files = sorted(path.glob("test/*_test.csv"))
     if not files:
         raise UserError(
-            f"{path} has no test/*_test.csv; give the official folder (dev/ and test/) or a "
-            "JSON lines file"
+            f"{path} has no test/*_test.csv; give the official folder (dev/ and test/) or a JSONL "
+            "file"
         )
     questions = []
     for file in files:
@@ -140,29 +123,29 @@ def read_mmlu(path: str | pathlib.Path, shots: int) -> list[tuple[str, str, int]
             check_subject(subject)
         except ValueError as e:
             raise UserError(f"{file}: {e}; rename or remove this file") from None
-        beginning = _mmlu_beginning(path / "dev" / f"{subject}_dev.csv", subject, shots)
+        header = mmlu_header(path, subject, shots)
         for prompt, answer in read_mmlu_csv(file):
-            questions.append((subject, beginning + prompt, answer))
+            questions.append((subject, header + prompt, answer))
     return questions
 
 
-def _mmlu_beginning(file, subject, shots):
-    """What precedes every question of a subject: one sentence, and `shots` solved examples."""
-    topic = subject.replace("_", " ")  # the official script writes two spaces before it
-    parts = [f"The following are multiple choice questions (with answers) about  {topic}.\n\n"]
-    if shots:
-        examples = read_mmlu_csv(file)
-        if len(examples) < shots:
-            raise UserError(f"{file} has {len(examples)} examples; lower --shots {shots}")
-        parts += [f"{prompt} {LETTERS[answer]}\n\n" for prompt, answer in examples[:shots]]
-    return "".join(parts)
+def mmlu_header(path: pathlib.Path, subject: str, shots: int) -> str:
+    """What the official prompt has before a question: the subject, and `shots` worked examples."""
+    named = subject.replace("_", " ")
+    header = f"The following are multiple choice questions (with answers) about  {named}.\n\n"
+    file = path / "dev" / f"{subject}_dev.csv"
+    examples = read_mmlu_csv(file) if shots else []
+    if len(examples) < shots:
+        raise UserError(f"{file} has {len(examples)} examples; lower --shots {shots}")
+    for prompt, answer in examples[:shots]:
+        header += f"{prompt} {LETTERS[answer]}\n\n"
+    return header
 
 
 def read_mmlu_csv(path: pathlib.Path) -> list[tuple[str, int]]:
-    """(prompt, answer index) of every row; a row is question, A, B, C, D, letter.
+    """(question, choices and "Answer:" as one text; answer index) of every row.
 
-    The prompt is the question, its choices and "Answer:". Raises UserError with the line of the
-    first bad row.
+    A row has six fields: question, A, B, C, D, letter.
     """
     rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     questions = []
@@ -172,10 +155,10 @@ def read_mmlu_csv(path: pathlib.Path) -> list[tuple[str, int]]:
                 raise ValueError(
                     f"{len(row)} fields, not the six of question, four choices and answer"
                 )
-            question, *choices, letter = row
-            lines = [f"\n{name}. {text}" for name, text in zip(LETTERS, choices, strict=True)]
-            prompt = f"{question}{''.join(lines)}\nAnswer:"
-            questions.append((prompt, letter_index(letter)))
+            text = row[0]
+            for letter, choice in zip(LETTERS, row[1:5], strict=True):
+                text += f"\n{letter}. {choice}"
+            questions.append((f"{text}\nAnswer:", letter_index(row[5])))
     except (ValueError, csv.Error) as e:
         raise UserError(f"{path}, line {rows.line_num}: {e}; correct or remove this row") from None
     if not questions:
