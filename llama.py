@@ -209,7 +209,7 @@ class Llama(nn.Module):
     def forward(
         self, tokens_BT: Tensor, cache: "Cache | None" = None, keep_BT: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, T, V] in the model's dtype; with a mask `keep_BT` only its n true places, [n, V].
+        """Logits [B, T, V] in the model's dtype; with a mask `keep_BT` only its true ones: [n, V].
 
         Padding belongs on the right, where causality hides it. With a `Cache`, `tokens_BT` continue
         what is in it.
