@@ -1,45 +1,74 @@
-"""What all tests share: the hypothesis profile, the material in ../shared/data, and what may be skipped."""
+"""What all tests share: hypothesis' profile, fixtures, and what may be skipped."""
 
 import os
 import pathlib
-import sys
+import random
 
 import hypothesis
 import pytest
 import torch
 
+from text.tokenizer import load_tokenizer, train_tokenizer
+from text.toy import make_world
+
 GIVEN = dict(os.environ)
-# The suite is about the CPU, where equal bits can be promised and a process can be forked after any test. A GPU is hidden
-# from it, so that no command takes it for its default; test_gpu.py, which shows it to processes of its own, sets this.
+# The suite is about the CPU, where equal bits can be promised and where a process can be forked
+# after any test. So a GPU is hidden, and no command takes it for its default. test_gpu.py shows it
+# to processes of its own, and sets this variable for them.
 if "QALORA_TESTS_ON_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do in any test
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported; any test may do that
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-# Time never decides a test, and a failing example prints what reproduces it.
-hypothesis.settings.register_profile("qalora", deadline=None, print_blob=True, max_examples=50,
-                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# Time never decides a test. A failing example prints what reproduces it.
+hypothesis.settings.register_profile(
+    "qalora",
+    deadline=None,
+    print_blob=True,
+    max_examples=50,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("qalora")
-torch.set_num_threads(1)  # small matrices: a second thread mostly waits, and with company for ages
+torch.set_num_threads(1)  # small matrices: a second thread mostly waits
 
 MAY_SKIP = ("needs a GPU", "needs ../shared/data")
 
 
 @pytest.fixture(scope="session")
 def material():
-    """A function from a name to its path in ../shared/data; the test is skipped where that is missing."""
+    """A function from a name to its path in ../shared/data; skips the test if that is missing."""
+
     def find(name):
         path = ROOT.parent / "shared" / "data" / name
         if not path.exists():
             pytest.skip(f"needs ../shared/data/{name}")
         return path
+
     return find
 
 
+@pytest.fixture(scope="session")
+def toy_world():
+    return make_world()
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer(toy_world, tmp_path_factory):
+    texts = toy_world.documents(random.Random(0)) + [" ".join(r) for r in toy_world.train]
+    return train_tokenizer(texts, tmp_path_factory.mktemp("toy") / "tokenizer.model", 512)
+
+
+@pytest.fixture(params=["toy", "llama"])
+def any_tokenizer(request):
+    """The toy's tokenizer, then LLaMA's."""
+    if request.param == "toy":
+        return request.getfixturevalue("toy_tokenizer")
+    return load_tokenizer(request.getfixturevalue("material")("llama-tokenizer.model"))
+
+
 def judged(report):
-    """Under CI, what is skipped for any reason but those in MAY_SKIP has failed."""
+    """Under CI, a test skipped for a reason that is not in MAY_SKIP has failed."""
     if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if not reason.startswith(MAY_SKIP):

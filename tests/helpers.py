@@ -1,9 +1,12 @@
 """What several test files share: small models and layers with known numbers, and the oracles."""
 
+import sys
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from cli.errors import run_command
 from llama import LINEARS, Llama, LlamaConfig
 from quant import Quantized
 
@@ -187,3 +190,35 @@ def random_llama(seed=0, scale=1, **changes):
 def linears(model):
     """{path: layer} of the seven linear layers of every block."""
     return {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in LINEARS}
+
+
+# ---- text and commands
+
+# Any text that a file can hold, but for U+2581, the one character that sentencepiece cannot keep
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\u2581"), max_size=30)
+
+
+def peaked_llama(config, seed=0):
+    """A model whose predictions are far from uniform."""
+    torch.manual_seed(seed)
+    model = Llama(config)
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def save_tokenizer(tokenizer, folder):
+    """Writes tokenizer.model into a model folder."""
+    (folder / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
+
+
+def run_in_process(monkeypatch, capsys, main, *arguments):
+    """Runs a command in this process: (exit status, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["command.py", *map(str, arguments)])
+    status = 0
+    try:
+        run_command(main)
+    except SystemExit as e:
+        status = e.code
+    return status, *capsys.readouterr()
