@@ -79,13 +79,15 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
 def load_quantized(
     folder: str | pathlib.Path, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> Llama:
-    """As `load_model`; a folder that holds no quantized model is a UserError."""
+    """As `load_model`; UserError for a folder that holds no codes in groups with offsets."""
     folder = pathlib.Path(folder)
     if not matches(folder):
         raise UserError(
             f"{folder} holds no quantized model; make one with train.py --weights {folder} "
             "--data FILE"
         )
+    if quantization_of(folder).get("quantizer") == "nf4":
+        raise UserError(f"{folder} is quantized to NF4, not in groups with offsets")
     return load_model(folder, dtype, device)
 
 

@@ -1,4 +1,5 @@
-"""nf4.py and QLoRA: the 16 values, what they cost, how far a weight moves, layers, folders, merging to float."""
+"""baselines.py and QLoRA: the 16 values, what they cost, how far a weight moves, layers, folders,
+merging to float."""
 
 import statistics
 
@@ -7,16 +8,31 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import quant
-from cli import UserError
-from data import train_tokenizer
-from llama import Llama, LlamaConfig, load_pretrained, save_pretrained
-from merge import fingerprint, load_model, merge, save_merged
-from nf4 import BLOCK, NF4, SCALE_BLOCK, VALUES, NF4Linear, dequantize_nf4, load_nf4, quantize_model_nf4, quantize_nf4
-from qalora import LoRALinear, adapter_parameters, add_adapters, save_adapter
-from quant import load_quantized, quantization_of, save_quantized
+import formats
+from baselines import (
+    BLOCK,
+    NF4,
+    SCALE_BLOCK,
+    VALUES,
+    NF4Linear,
+    dequantize_nf4,
+    quantize_model_nf4,
+    quantize_nf4,
+)
+from cli.errors import UserError
+from formats import fingerprint, load_model
+from formats.adapter import save_adapter
+from formats.files import fill
+from formats.huggingface import save_pretrained
+from formats.quantized import load_quantized, save_quantized
+from formats.run import save_merged
+from kernels import matmul
+from llama import Llama, LlamaConfig, load_pretrained
+from merge import merge
+from qalora import LoRALinear, adapter_parameters, add_adapters
+from text.tokenizer import train_tokenizer
 
-SIDES, SEEDS = st.integers(1, 70), st.integers(0, 2 ** 31)
+SIDES, SEEDS = st.integers(1, 70), st.integers(0, 2**31)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 LARGEST_GAP = 0.3038072  # between two neighbouring values, -1 and -0.696
 
@@ -27,8 +43,15 @@ def normal(seed, *shape):
 
 def tiny_model(seed=0, tied=False):
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=40, hidden_size=24, intermediate_size=36, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=24,
+        intermediate_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
     return Llama(config)
 
 
@@ -42,17 +65,22 @@ def trained(model, rank=3, seed=0):
 
 # ---- the format
 
+
 def test_the_values_are_quantiles_of_a_normal_distribution():
-    """8 above zero, 7 below, each side evenly spaced in probability from 1/2 to 0.9677083; zero; scaled to 1."""
+    """8 above zero, 7 below, each side evenly spaced in probability from 1/2 to 0.9677083; zero;
+    scaled to 1."""
     outermost, quantile = 0.9677083, statistics.NormalDist().inv_cdf
-    side = lambda n: [quantile(outermost + (0.5 - outermost) * k / n) for k in range(n)]
+
+    def side(n):
+        return [quantile(outermost + (0.5 - outermost) * k / n) for k in range(n)]
+
     values = sorted(side(8) + [0.0] + [-q for q in side(7)])
     assert VALUES.tolist() == pytest.approx([v / quantile(outermost) for v in values], abs=2e-7)
 
 
 def test_a_weight_costs_4_127_bits():
     layer = NF4Linear.from_weight(normal(0, 1024, 1024))
-    bits = 8 * sum(b.numel() * b.element_size() for b in layer.buffers()) / 1024 ** 2
+    bits = 8 * sum(b.numel() * b.element_size() for b in layer.buffers()) / 1024**2
     assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4) and round(bits, 3) == 4.127
 
 
@@ -63,42 +91,55 @@ def test_buffers_have_the_sizes_that_ragged_matrices_need(rows, columns, seed, d
     layer = NF4Linear.from_weight(normal(seed, rows, columns).to(dtype))
     blocks = -(-rows * columns // BLOCK)
     assert {name: (b.numel(), b.dtype) for name, b in layer.named_buffers()} == {
-        "packed": (32 * blocks, torch.uint8), "scale": (blocks, torch.float8_e4m3fn),
-        "scale_of_scale": (-(-blocks // SCALE_BLOCK), torch.float32), "scale_mean": (1, torch.float32)}
-    assert {n: (b.numel(), b.dtype) for n, b in NF4Linear(columns, rows).named_buffers()} == \
-        {n: (b.numel(), b.dtype) for n, b in layer.named_buffers()}
+        "packed": (32 * blocks, torch.uint8),
+        "scale": (blocks, torch.float8_e4m3fn),
+        "scale_of_scale": (-(-blocks // SCALE_BLOCK), torch.float32),
+        "scale_mean": (1, torch.float32),
+    }
+    assert {n: (b.numel(), b.dtype) for n, b in NF4Linear(columns, rows).named_buffers()} == {
+        n: (b.numel(), b.dtype) for n, b in layer.named_buffers()
+    }
 
 
 def exact_scales(w):  # the largest magnitude of each block, one a weight
     flat = w.double().flatten()
     scales = torch.stack([block.abs().max() for block in flat.split(BLOCK)])
-    return scales, scales.repeat_interleave(BLOCK)[:len(flat)].view(w.shape)
+    return scales, scales.repeat_interleave(BLOCK)[: len(flat)].view(w.shape)
 
 
 @given(SIDES, SIDES, SEEDS, DTYPES, st.integers(-12, 12))
-def test_every_weight_is_within_half_a_gap_and_the_error_of_its_scale(rows, columns, seed, dtype, exponent):
-    """An 8-bit float has 3 bits after the first: a scale is off by at most 1/16 of its distance from the mean."""
-    w = (normal(seed, rows, columns) * 2.0 ** exponent).to(dtype)
+def test_every_weight_is_within_half_a_gap_and_the_error_of_its_scale(
+    rows, columns, seed, dtype, exponent
+):
+    """An 8-bit float has 3 bits after the first: a scale is off by at most 1/16 of its distance
+    from the mean."""
+    w = (normal(seed, rows, columns) * 2.0**exponent).to(dtype)
     scales, scale_OI = exact_scales(w)
     found = dequantize_nf4(quantize_nf4(w), w.shape).double()
     assert found.shape == w.shape
     distance = (scales - scales.mean()).abs().max() / 16
-    assert ((found - w.double()).abs() <= scale_OI * LARGEST_GAP / 2 + distance + 1e-6 * scale_OI).all()
+    assert (
+        (found - w.double()).abs() <= scale_OI * LARGEST_GAP / 2 + distance + 1e-6 * scale_OI
+    ).all()
 
 
 @given(SEEDS, st.integers(1, 300), st.integers(-6, 6))
 def test_the_codes_are_the_nearest_values(seed, blocks, exponent):
     """Read back byte by byte, against a search through all 16 values."""
-    w = normal(seed, blocks, BLOCK) * 2.0 ** exponent
+    w = normal(seed, blocks, BLOCK) * 2.0**exponent
     packed = quantize_nf4(w).packed.view(blocks, 32).long()
     codes = torch.stack([packed % 16, packed // 16], dim=2).view(blocks, BLOCK)
     wanted = w.double() / w.double().abs().amax(dim=1, keepdim=True)
     distances = (wanted.unsqueeze(-1) - VALUES.double()).abs()
-    assert (distances.gather(2, codes.unsqueeze(-1)).squeeze(-1) <= distances.amin(dim=2) + 1e-6).all()
+    assert (
+        distances.gather(2, codes.unsqueeze(-1)).squeeze(-1) <= distances.amin(dim=2) + 1e-6
+    ).all()
 
 
 @given(SIDES, SIDES, SEEDS)
-def test_matrices_of_the_16_values_come_back_exactly_where_all_scales_are_equal(rows, columns, seed):
+def test_matrices_of_the_16_values_come_back_exactly_where_all_scales_are_equal(
+    rows, columns, seed
+):
     codes = torch.randint(16, (rows, columns), generator=torch.Generator().manual_seed(seed))
     w = VALUES[codes]
     w.view(-1)[::BLOCK] = 1.0  # each block reaches its scale
@@ -107,9 +148,12 @@ def test_matrices_of_the_16_values_come_back_exactly_where_all_scales_are_equal(
 
 @pytest.mark.parametrize("blocks", [1, 3, 7])
 def test_it_does_not_matter_how_much_is_dequantized_at_a_time(monkeypatch, blocks):
-    quantized, shape = quantize_nf4(torch.randn(5, 90, generator=torch.Generator().manual_seed(0))), torch.Size((5, 90))
+    quantized, shape = (
+        quantize_nf4(torch.randn(5, 90, generator=torch.Generator().manual_seed(0))),
+        torch.Size((5, 90)),
+    )
     whole = dequantize_nf4(quantized, shape)
-    monkeypatch.setattr(quant, "IN_CACHE", blocks * BLOCK)
+    monkeypatch.setattr(matmul, "IN_CACHE", blocks * BLOCK)
     assert torch.equal(dequantize_nf4(quantized, shape), whole)
 
 
@@ -121,12 +165,18 @@ def test_zeros_stay_zero_and_blocks_of_zeros_too():
 
 
 def test_double_quantization_hardly_adds_to_the_error():
-    """On normal weights the relative error is that of NF4 with float32 scales, measured 0.0924, within 1 %."""
+    """On normal weights the relative error is that of NF4 with float32 scales, measured 0.0924,
+    within 1 %."""
     w = normal(0, 1024, 1024)
     q = quantize_nf4(w)
     _, scale_OI = exact_scales(w)
-    unscaled = dequantize_nf4(NF4(q.packed, torch.zeros_like(q.scale), q.scale_of_scale, torch.ones(1)), w.shape)
-    error = lambda found: ((found - w).square().sum() / w.square().sum()).sqrt().item()
+    unscaled = dequantize_nf4(
+        NF4(q.packed, torch.zeros_like(q.scale), q.scale_of_scale, torch.ones(1)), w.shape
+    )
+
+    def error(found):
+        return ((found - w).square().sum() / w.square().sum()).sqrt().item()
+
     once, twice = error(unscaled * scale_OI.float()), error(dequantize_nf4(q, w.shape))
     assert once == pytest.approx(0.0924, rel=0.02) and once < twice < 1.01 * once, (once, twice)
 
@@ -139,8 +189,11 @@ def test_weights_that_are_no_numbers_are_a_programmers_mistake(wrong):
 
 # ---- the layer
 
+
 @given(SIDES, SIDES, SEEDS, DTYPES, st.lists(st.integers(0, 3), max_size=2))
-def test_a_layer_multiplies_with_its_dequantized_weight_and_so_does_its_gradient(rows, columns, seed, dtype, lead):
+def test_a_layer_multiplies_with_its_dequantized_weight_and_so_does_its_gradient(
+    rows, columns, seed, dtype, lead
+):
     layer = NF4Linear.from_weight(normal(seed, rows, columns))
     x = normal(seed + 1, *lead, columns).to(dtype).requires_grad_()
     same_x, w = x.detach().clone().requires_grad_(), layer.weight.to(dtype)
@@ -170,6 +223,7 @@ def test_casting_a_layer_leaves_its_buffers_as_they_are(dtype):
 
 # ---- the model and its folder
 
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_is_quantized_in_place_and_its_folder_gives_the_same_logits(tmp_path, tied):
     model, tokens = tiny_model(tied=tied), torch.arange(20).view(2, 10)
@@ -179,10 +233,9 @@ def test_a_model_is_quantized_in_place_and_its_folder_gives_the_same_logits(tmp_
     after = model(tokens)
     assert 0 < (after - before).abs().max() < 0.2 * before.abs().max()
     save_quantized(model, tmp_path, quantizer="nf4")
-    entry = quantization_of(tmp_path)
+    entry = formats.quantization_of(tmp_path)
     assert (entry["bits"], entry["group_size"], entry["quantizer"]) == (4, 64, "nf4")
-    for load in (load_nf4, load_model):
-        assert torch.equal(load(tmp_path)(tokens), after)
+    assert torch.equal(load_model(tmp_path)(tokens), after)
     assert load_model(tmp_path, torch.bfloat16)(tokens).dtype == torch.bfloat16
 
 
@@ -193,21 +246,28 @@ def test_a_model_can_be_read_block_by_block():
         model = Llama(whole.config)
     for name in ("model.embed_tokens", "model.norm", "lm_head"):
         model.get_submodule(name).weight = whole.get_submodule(name).weight
-    quantize_model_nf4(model, weights)
+
+    def load_block(block, index):
+        fill(block, weights, f"model.layers.{index}.")
+
+    quantize_model_nf4(model, load_block)
     tokens = torch.arange(10).view(1, 10)
     assert torch.equal(model(tokens), quantize_model_nf4(whole)(tokens))
 
 
 def test_a_folder_in_nf4_is_not_taken_for_groups_with_offsets(tmp_path):
     save_quantized(quantize_model_nf4(tiny_model()), tmp_path, quantizer="nf4")
-    with pytest.raises(UserError, match="group size 64"):
+    with pytest.raises(UserError, match="NF4"):
         load_quantized(tmp_path)
 
 
 # ---- LoRA and QLoRA
 
+
 @given(SIDES, SIDES, st.integers(1, 5), SEEDS, st.booleans())
-def test_a_lora_layer_is_the_papers_formula_and_its_merge_is_one_float_matrix(rows, columns, rank, seed, nf4):
+def test_a_lora_layer_is_the_papers_formula_and_its_merge_is_one_float_matrix(
+    rows, columns, rank, seed, nf4
+):
     w = normal(seed, rows, columns)
     base = NF4Linear.from_weight(w) if nf4 else torch.nn.Linear(columns, rows, bias=False)
     if not nf4:
@@ -229,12 +289,16 @@ def test_a_qlora_model_trains_only_its_adapters():
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-2)
     tokens, losses = torch.arange(20).view(2, 10), []
     for _ in range(30):
-        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        )
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3, losses
     assert all(torch.equal(b.view(torch.uint8), before[name]) for name, b in model.named_buffers())
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapter_parameters(model))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(
+        adapter_parameters(model)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,5 @@
-"""int4.py: the layers repacked for PyTorch's int4 kernel multiply by the same weights, as exactly as bfloat16 can."""
+"""int4.py: the layers repacked for PyTorch's int4 kernel multiply by the same weights, as exactly
+as bfloat16 can."""
 
 import copy
 import gc
@@ -8,12 +9,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_quant import BITS, SEEDS, dense, integers, normal, random_quantized
 from torch import nn
 
-import int4
-import quant
+from kernels import int4, matmul
 from quant import QuantLinear, quantize_rtn
-from test_quant import BITS, SEEDS, dense, integers, normal, random_quantized
 
 
 def int4_case(seed, rows, groups, group_size, bits=4):
@@ -22,24 +22,37 @@ def int4_case(seed, rows, groups, group_size, bits=4):
     return QuantLinear.from_quantized(quantized, bits), dense(quantized)
 
 
-@given(BITS, st.integers(1, 5), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.integers(1, 200), SEEDS)
+@given(
+    BITS,
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.sampled_from([32, 64, 128]),
+    st.integers(1, 200),
+    SEEDS,
+)
 @example(4, 9, 2, 32, 129, 0)  # more rows than are unpacked at a time, the last piece a short one
 @example(4, 1, 1, 32, 128, 0)  # the last number of tokens that the kernel gets
 @example(4, 1, 1, 32, 129, 0)  # the first that are multiplied by unpacked rows
 @settings(max_examples=30)
-def test_a_prepared_layer_multiplies_by_the_same_weights(bits, blocks, groups, group_size, tokens, seed):
-    """Inputs are small integers, which bfloat16 holds, so that only sums round: to bfloat16 where the kernel is used."""
+def test_a_prepared_layer_multiplies_by_the_same_weights(
+    bits, blocks, groups, group_size, tokens, seed
+):
+    """Inputs are small integers, which bfloat16 holds, so that only sums round: to bfloat16 where
+    the kernel is used."""
     layer, w = int4_case(seed, blocks * int4.int4_interleaving(), groups, group_size, bits)
     x = integers(seed, -4, 4, tokens, groups * group_size)
     model = int4.prepare_inference(nn.Sequential(copy.deepcopy(layer)))
     assert isinstance(model[0], int4.Int4Linear)
-    assert {*dict(model[0].named_buffers())} == {"int4", "scale_zero"}  # the packed original is dropped
+    assert {*dict(model[0].named_buffers())} == {
+        "int4",
+        "scale_zero",
+    }  # the packed original is dropped
     for dtype in (torch.float32, torch.bfloat16):
         y = model(x.to(dtype).view(1, tokens, -1))
         assert y.dtype == dtype and y.shape == (1, tokens, len(w))
         exact, size = x.double() @ w.t(), x.double().abs() @ w.abs().t()
         precise = dtype == torch.float32 and tokens > int4.FEW_TOKENS
-        assert ((y[0] - exact).abs() <= (1e-6 if precise else 2 ** -7) * size).all()
+        assert ((y[0] - exact).abs() <= (1e-6 if precise else 2**-7) * size).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -71,12 +84,16 @@ def test_a_prepared_layer_may_unpack_any_number_of_rows_at_a_time(monkeypatch):
     layer, _ = int4_case(0, 3 * int4.int4_interleaving(), 2, 32)
     layer, x = int4.prepare_inference(nn.Sequential(layer))[0], integers(0, -4, 4, 200, 64)
     whole = layer(x)
-    monkeypatch.setattr(quant, "IN_CACHE", 2 * 64 * int4.int4_interleaving())  # two blocks, then one
+    monkeypatch.setattr(
+        matmul, "IN_CACHE", 2 * 64 * int4.int4_interleaving()
+    )  # two blocks, then one
     assert torch.equal(layer(x), whole)
 
 
 def test_where_the_int4_order_is_unknown_nothing_is_prepared(monkeypatch):
-    monkeypatch.setattr(torch, "_convert_weight_to_int4pack_for_cpu", lambda codes, _: codes[:, ::2].to(torch.uint8))
+    monkeypatch.setattr(
+        torch, "_convert_weight_to_int4pack_for_cpu", lambda codes, _: codes[:, ::2].to(torch.uint8)
+    )
     int4.int4_interleaving.cache_clear()
     try:
         layer, _ = int4_case(0, 64, 2, 32)

@@ -1,0 +1,56 @@
+"""Small quantized models, trained for some steps."""
+
+import pathlib
+
+import torch
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from llama import Llama, LlamaConfig
+from qalora import adapter_parameters
+from quant import quantize_model
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+SMALL = LlamaConfig(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+
+
+def tokens(seed, *shape):
+    return torch.randint(40, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized_llama(bits=3, group_size=8, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return quantize_model(Llama(SMALL), bits, group_size).to(dtype)
+
+
+def trained(model, steps=3):
+    """`model` after some steps of AdamW on random tokens."""
+    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=0.02)
+    for step in range(steps):
+        batch = tokens(step, 4, 12)
+        F.cross_entropy(
+            model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten()
+        ).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def same(a, b):
+    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
