@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -39,6 +40,13 @@ def normal(seed, *shape):
     """Standard normal numbers in float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def ending(capsys, main, *more):
+    """(exit status, what stderr got) of a command in this process."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(main, *more)
+    return stop.value.code, capsys.readouterr().err
 
 
 # ---- LLaMA
