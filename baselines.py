@@ -36,11 +36,11 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, alpha: float):
         super().__init__()
         self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
+        a = torch.empty(rank, base.in_features, dtype=torch.float32)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: a seed means the same everywhere
+        b = torch.zeros(base.out_features, rank, dtype=torch.float32)  # so B A = 0 at first
         device = next(iter(base.state_dict().values())).device  # an NF4Linear has no parameter
-        like = dict(dtype=torch.float32, device=device)
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))  # B A = 0 at first
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_A, self.lora_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""

@@ -184,7 +184,8 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 assert cache is None, "recomputing a block would fill the cache twice"
-                x = checkpoint(block, x, rotary, use_reentrant=False)
+                # preserve_rng_state=False, as a block draws nothing at random
+                x = checkpoint(block, x, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rotary, functools.partial(cache.append, i) if cache else None)
         if cache:

@@ -12,9 +12,9 @@ import math
 from collections.abc import Iterable
 
 import torch
-from baselines import LoRALinear
 from torch import Tensor, nn
 
+from baselines import LoRALinear
 from cli.errors import UserError
 from llama import LINEARS, linears
 from quant import QuantLinear, quant_matmul
@@ -33,10 +33,11 @@ class QALoRALinear(nn.Module):
         super().__init__()
         out_features, groups = base.offset.shape
         self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
-        like = dict(dtype=torch.float32, device=base.offset.device)
-        self.lora_A = nn.Parameter(torch.empty(rank, groups, **like))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **like))  # B A = 0 at first
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        a = torch.empty(rank, groups, dtype=torch.float32)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: a seed means the same everywhere
+        b = torch.zeros(out_features, rank, dtype=torch.float32)  # so B A = 0 at first
+        device = base.offset.device
+        self.lora_A, self.lora_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -45,8 +46,9 @@ class QALoRALinear(nn.Module):
 
     def effective_offset(self) -> Tensor:
         """offset + s * B @ A, float32 [O, G]. Both the forward pass and the merge call this."""
-        with torch.autocast(self.lora_A.device.type, enabled=False):
-            return self.base.offset + self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        a, b = self.lora_A.float(), self.lora_B.float()
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.addmm(self.base.offset, b, a, alpha=self.scaling)
 
     @torch.no_grad()
     def merged(self) -> QuantLinear:

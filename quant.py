@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
+import kernels.gptq
 import kernels.matmul
 from cli.errors import UserError
 from llama import LINEARS, Block, Llama, LlamaConfig, linears, rotary_table
@@ -239,6 +240,9 @@ def round_in_order(
     """GPTQ's codes [g, O], in float, for one group whose scale [O] and offset [O] are given."""
     step = torch.where(scale == 0, torch.inf, scale.float())  # scale 0: constant, all codes are 0
     w = (w_gO - offset) / step  # in steps, so that an error is w - code
+    triton = kernels.matmul.triton_for(w, (torch.float32,))
+    if triton:  # one launch on a GPU, where the loop below takes hundreds
+        return triton.round_in_order(w, factor_gg, bits)
     drift, error, codes = torch.zeros_like(w), torch.empty_like(w), torch.empty_like(w)
     diagonal = factor_gg.diagonal().tolist()
 
@@ -267,6 +271,9 @@ def best_range(w_gO: Tensor, importance_g: Tensor, bits: int) -> tuple[Tensor, T
     )  # allocating takes longer than the sums
     for step, reach in ((0.1, torch.arange(5)), (0.05, torch.arange(-1, 2))):
         trials = cut + step * torch.cartesian_prod(reach, reach).unsqueeze(-1).to(cut)
+        if w_gO.is_cuda:
+            cut, least = kernels.gptq.best_trial(x_gO, importance_g, trials, bits, cut, least)
+            continue
         for trial in trials:  # [2, O]: how much to cut below and above
             error = _clipping_error(x_gO, importance_g, *trial, bits, *scratch)
             cut = torch.where(error < least, trial, cut)
@@ -357,6 +364,8 @@ def quant_matmul(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits:
     fits = x.shape[-1] % scale.shape[1] == 0 and packed.shape[1] == packed_width(x.shape[-1], bits)
     shapes = f"x {tuple(x.shape)}, packed {tuple(packed.shape)}, scale {tuple(scale.shape)}"
     assert fits, f"{shapes} do not belong together at {bits} bits"
+    if not torch.is_autocast_enabled(x.device.type):  # entering a context takes a GPU's time
+        return QuantMatmul.apply(x, packed, scale, offset, bits)
     with torch.autocast(x.device.type, enabled=False):
         return QuantMatmul.apply(x, packed, scale, offset, bits)
 
@@ -375,7 +384,7 @@ class QuantMatmul(torch.autograd.Function):
         y_NO = kernels.matmul.product(x_NI, packed, scale, offset, bits, dense)
         pooled_NG = None
         if ctx.needs_input_grad[3]:
-            pooled_NG = x_NI.unflatten(1, (scale.shape[1], -1)).sum(dim=-1)
+            pooled_NG = kernels.matmul.pool(x_NI, scale.shape[1])
         ctx.save_for_backward(packed, scale, offset, pooled_NG)
         ctx.bits, ctx.x_shape = bits, x.shape
         return y_NO.view(*x.shape[:-1], len(packed))
@@ -528,8 +537,8 @@ def input_hessians(block: Block, hidden: list[Tensor], rotary: tuple) -> dict[st
 
     def accumulate_into(name):
         def add(layer, inputs):
-            x = inputs[0].flatten(0, -2).float()  # [N, I]
-            hessians[name] = hessians.get(name, 0) + x.t() @ x / tokens
+            x_NI = inputs[0].flatten(0, -2)
+            hessians[name] = hessians.get(name, 0) + kernels.gptq.gram(x_NI) / tokens
 
         return add
 

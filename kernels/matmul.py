@@ -147,11 +147,19 @@ def power_of_two(limit: int) -> int:
     return 1 << max(1, limit).bit_length() - 1
 
 
-def triton_for(x: Tensor) -> ModuleType | None:
+def pool(x_NI: Tensor, groups: int) -> Tensor:
+    """The sum of x over each group of inputs, [N, G] in x's dtype, rounded once."""
+    triton = triton_for(x_NI)
+    if triton:
+        return triton.pool(x_NI, groups)
+    return x_NI.unflatten(1, (groups, -1)).sum(dim=-1)
+
+
+def triton_for(x: Tensor, dtypes: tuple = (torch.bfloat16, torch.float16)) -> ModuleType | None:
     """`kernels.triton_kernels` where it shall and can compute with tensors like `x`, else None."""
     wanted = USE_TRITON
     if wanted is None:
-        wanted = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+        wanted = x.is_cuda and x.dtype in dtypes
         wanted = wanted and torch.cuda.get_device_capability(x.device)[0] >= 8
     return _triton_kernels() if wanted else None
 
