@@ -70,18 +70,18 @@ TRAIN = "--weights weights --data records.json --bits 3 --save-every 2 --lr 1e-3
 
 @given(BITS, WEIGHTS, st.integers(-20, 4), DTYPES)
 def test_a_group_stores_a_scale_an_offset_and_a_code_for_each_weight(bits, w, size, dtype):
-    """1. W~ = α · codes + β, codes = round((W - β) / α), an α and β for each group (equation 1)."""
+    """1. W~ = α · codes + β, codes = round((W - β) / α), a scale α and offset β a group (eq. 1)."""
     w = (w * 2.0**size).to(dtype)
     codes, scale, offset = quantized = quantize_rtn(w.flatten(1), bits, w.shape[2])
-    w, alpha, beta = w.double(), scale[..., None].double(), offset[..., None].double()
-    stored = alpha * codes.view(w.shape) + beta
+    w, scale, offset = w.double(), scale[..., None].double(), offset[..., None].double()
+    stored = scale * codes.view(w.shape) + offset
     assert torch.equal(dequantize(quantized), stored.flatten(1).float()) and codes.max() < 2**bits
     # half a step, and W - β and its quotient in float32: 2^-24 of at most 2^bits steps each
-    assert ((w - stored).abs() <= alpha * (0.5 + 2.0 ** (bits - 23))).all()
+    assert ((w - stored).abs() <= scale * (0.5 + 2.0 ** (bits - 23))).all()
     low, high = w.aminmax(dim=2, keepdim=True)
     step = (high - low) / (2**bits - 1)
-    assert torch.equal(beta, low)  # α is rounded up to float16: by 2^-10, or to 2^-24 at least
-    assert ((0.9999 * step <= alpha) & (alpha <= 1.001 * step + 2**-24)).all()
+    assert torch.equal(offset, low)  # α is rounded up to float16: by 2^-10, or to 2^-24 at least
+    assert ((0.9999 * step <= scale) & (scale <= 1.001 * step + 2**-24)).all()
 
 
 @given(LAYERS)
@@ -106,7 +106,7 @@ def least_error(w_Ng, bits):
 
 @pytest.mark.parametrize("bits, g", [(2, 3), (2, 5), (3, 4), (4, 3)])
 def test_lora_cannot_be_merged_unless_its_update_is_constant_in_each_group(bits, g):
-    """3. W~ + s · B A, A [R, I], is no α · codes + β (section 3.2): try all updates of -1, 0, 1."""
+    """3. W~ + s · B A, A [R, I], is no α · codes + β (3.2, 3.3): try all updates of -1, 0, 1."""
     torch.manual_seed(0)
     updates = torch.cartesian_prod(*[torch.arange(-1.0, 2)] * g)  # [N, g]
     stays = torch.ones(len(updates), dtype=torch.bool)
