@@ -175,6 +175,15 @@ def exact_case(seed, rows, groups, group_size, bits, lead):
     return x * (order < 16), quantized._replace(scale=scale, offset=offset)
 
 
+def correlated_hessian(seed, width, spread=0.8):
+    """What inputs z M D give, in float64 [I, I]: z white, M a mixing, D a scaling of each input."""
+    mixing = torch.eye(width, dtype=torch.float64) + 0.7 * normal(seed, width, width) / width**0.5
+    mixing += 2 * torch.outer(normal(seed + 1, width), normal(seed + 2, width)) / width
+    inputs = mixing * torch.exp(spread * normal(seed + 3, width))
+    return inputs.t() @ inputs
+
+
+TOKENS = integers(0, 0, 39, 6, 16, dtype=torch.long)
 THREE_LAYERS = LlamaConfig(
     vocab_size=40,
     hidden_size=16,

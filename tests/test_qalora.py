@@ -10,6 +10,7 @@ import torch
 from helpers import BITS, dense, integers, pool, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from cli.errors import UserError
 from llama import CONFIGS, LINEARS, Llama, LlamaConfig
@@ -159,6 +160,23 @@ def test_training_changes_the_adapter_and_nothing_else():
     assert same(layer.base.state_dict().values(), before.base.state_dict().values())
     assert not torch.equal(layer.lora_A, before.lora_A)
     assert not torch.equal(layer.lora_B, before.lora_B)
+
+
+# ---- the baseline
+
+
+@given(RANKS, SEEDS, st.sampled_from([0.5, 1, 2]))
+def test_lora_is_its_formula_and_changes_nothing_at_first(rank, seed, s):
+    base = nn.Linear(12, 5, bias=False)
+    base.weight.data = integers(seed, -3, 3, 5, 12)
+    layer = LoRALinear(copy.deepcopy(base), rank, s * rank)
+    x = integers(seed + 1, -3, 3, 2, 3, 12)
+    assert layer.lora_A.shape == (rank, 12) and layer.lora_B.shape == (5, rank)
+    assert same([layer(x)], [base(x)])
+    layer.lora_A.data = integers(seed + 2, -2, 2, rank, 12)
+    layer.lora_B.data = integers(seed + 3, -2, 2, 5, rank)
+    y = x @ base.weight.t() + s * (x @ layer.lora_A.t() @ layer.lora_B.t())
+    assert same([layer(x), layer.merged()(x)], [y, y])
 
 
 # ---- the whole model
