@@ -11,6 +11,7 @@ only the response is shown. Greedy, so the same every time, unless --temperature
 EOS, after --max-new-tokens, or when the context is full.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -91,7 +92,7 @@ def write_stdout(text: str):
     sys.stdout.flush()
 
 
-def read_options():
+def read_options() -> argparse.Namespace:
     """The options of the command, checked."""
     parser = Parser(prog="sample.py", description=__doc__)
     add = parser.add_argument
@@ -133,11 +134,11 @@ def main():
         tokenizer,
         args.prompt,
         write_stdout,
-        args.echo,
-        args.max_new_tokens,
-        args.temperature,
-        args.top_p,
-        args.seed,
+        echo=args.echo,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
     )
     print()
 
