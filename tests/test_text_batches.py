@@ -151,7 +151,9 @@ def test_windows_reach_every_place_of_the_stream():
     "context, count, shape",
     [(512, 100, (1, 100)), (40, 100, (2, 40)), (5000, 4500, (2, 2048)), (5000, 10**9, (3, 2048))],
 )
-def test_calibration_windows_are_the_beginning_of_the_texts(toy_tokenizer, context, count, shape):
+def test_calibration_takes_as_many_tokens_as_asked_in_windows_of_2048_or_the_context(
+    toy_tokenizer, context, count, shape
+):
     texts = ["Oslo."] * 900
     stream = token_stream(texts, toy_tokenizer)
     assert len(stream) == 7 * 900
