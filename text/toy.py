@@ -75,7 +75,7 @@ LAST_SYLLABLES = ("ru", "lo", "na", "ki", "mo", "ta", "li", "su")
 def make_world(
     seed: int = 0, people: int = 128, attributes: int = len(ATTRIBUTES), values: int = 16
 ) -> World:
-    """A world of `people` people who have one of `values` values for each of `attributes`.
+    """A world of invented people, each with one of `values` values for every attribute.
 
     documents(rng): texts that state all facts, one text a person; each random.Random words and
     orders them differently. train, test: Records that ask, in Alpaca's template, about two thirds
