@@ -1,5 +1,6 @@
 """What several test files share: small models and layers with known numbers, and the oracles."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from cli.errors import run_command
 from llama import LINEARS, Llama, LlamaConfig
-from quant import Quantized
+from quant import Quantized, quantize_model
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = LlamaConfig(24, 16, 12, 2, 4, 2, max_position_embeddings=64)
@@ -193,6 +194,7 @@ THREE_LAYERS = LlamaConfig(
     num_key_value_heads=1,
     max_position_embeddings=64,
 )
+TWO_LAYERS = dataclasses.replace(THREE_LAYERS, num_hidden_layers=2)
 
 
 def random_llama(seed=0, scale=1, **changes):
@@ -239,3 +241,9 @@ def run_in_process(monkeypatch, capsys, main, *arguments):
     except SystemExit as e:
         status = e.code
     return status, *capsys.readouterr()
+
+
+def quantized_llama(seed=0, bits=3, group_size=8):
+    """Two layers, rounded to nearest."""
+    torch.manual_seed(seed)
+    return quantize_model(Llama(TWO_LAYERS), bits, group_size)

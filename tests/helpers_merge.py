@@ -1,23 +1,11 @@
 """Small quantized models, trained for some steps."""
 
-import pathlib
-
 import torch
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from llama import Llama, LlamaConfig
 from qalora import adapter_parameters
 from quant import quantize_model
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-SEEDS = st.integers(0, 2**32 - 1)
-
 
 SMALL = LlamaConfig(
     vocab_size=40,
@@ -44,13 +32,8 @@ def trained(model, steps=3):
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=0.02)
     for step in range(steps):
         batch = tokens(step, 4, 12)
-        F.cross_entropy(
-            model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten()
-        ).backward()
+        logits = model(batch[:, :-1]).float().flatten(0, 1)
+        F.cross_entropy(logits, batch[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
-
-
-def same(a, b):
-    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))

@@ -4,12 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from helpers_llama import (
-    SMALL,
-    random_model,
-    write_checkpoint,
-    write_hf,
-)
+from helpers import SMALL, random_model
+from helpers_checkpoints import write_checkpoint, write_hf
 
 import llama
 from cli.errors import UserError

@@ -6,15 +6,8 @@ import os
 
 import pytest
 import torch
-from helpers_llama import (
-    LAYOUTS,
-    SMALL,
-    change,
-    random_model,
-    rewrite,
-    write_checkpoint,
-    write_hf,
-)
+from helpers import SMALL, random_model
+from helpers_checkpoints import LAYOUTS, change, rewrite, write_checkpoint, write_hf
 from hypothesis import given
 from hypothesis import strategies as st
 

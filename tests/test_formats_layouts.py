@@ -6,19 +6,21 @@ import pathlib
 
 import pytest
 import torch
-from helpers_llama import (
+from helpers import (
     DTYPES,
-    HF_LAYOUTS,
-    LAYOUTS,
+    SEEDS,
     SMALL,
-    change,
     close,
     configs,
     random_model,
     random_tokens,
     reference_logits,
+)
+from helpers_checkpoints import (
+    HF_LAYOUTS,
+    LAYOUTS,
+    change,
     rewrite,
-    seeds,
     write_checkpoint,
     write_hf,
     write_meta,
@@ -34,7 +36,7 @@ from formats.huggingface import save_pretrained
 from llama import Llama, LlamaConfig, load_pretrained
 
 
-@given(data=st.data(), seed=seeds, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
+@given(data=st.data(), seed=SEEDS, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
 def test_every_layout_loads_to_the_same_tensors(tmp_path_factory, data, seed, dtype, layout):
     shards = int(layout[4:]) if layout.startswith("meta") else None
     config = data.draw(configs(kv_heads=shards, tied=st.just(False) if shards else st.booleans()))
@@ -56,7 +58,7 @@ def test_every_layout_loads_to_the_same_tensors(tmp_path_factory, data, seed, dt
     assert all(isinstance(p, torch.nn.Parameter) and p.requires_grad for p in loaded.parameters())
 
 
-@given(data=st.data(), seed=seeds, shards=st.sampled_from([1, 2, 4]))
+@given(data=st.data(), seed=SEEDS, shards=st.sampled_from([1, 2, 4]))
 def test_metas_weights_give_the_logits_of_metas_interleaved_rotary_formula(
     tmp_path_factory, data, seed, shards
 ):
@@ -70,7 +72,7 @@ def test_metas_weights_give_the_logits_of_metas_interleaved_rotary_formula(
     assert close(logits, reference_logits(tensors, config, tokens[0].tolist(), interleaved=True))
 
 
-@given(configs(), seeds, st.sampled_from(DTYPES))
+@given(configs(), SEEDS, st.sampled_from(DTYPES))
 def test_what_is_saved_is_what_loads(tmp_path_factory, config, seed, dtype):
     folder = tmp_path_factory.mktemp("saved")
     (folder / "tokenizer.model").write_text("stays")

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 import safetensors.torch
 import torch
-from helpers_quant import TOKENS, linears, random_llama, same
+from helpers import TOKENS, linears, random_llama, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from helpers_merge import ROOT, SMALL, quantized_llama, same, tokens, trained
+from helpers import same
+from helpers_merge import SMALL, quantized_llama, tokens, trained
 
 import merge
 from cli.errors import run_command
@@ -22,6 +23,8 @@ from llama import Llama, load_pretrained
 from qalora import add_adapters
 from quant import QuantLinear, quantize_model
 from text.tokenizer import train_tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from helpers_quant import DTYPES, dense, exact_case, integers, normal, pool, random_quantized, same
+from helpers import dense, exact_case, integers, normal, pool, random_quantized, same
 from torch.nn import functional as F
 
 import quant
@@ -15,6 +15,8 @@ from quant import (
     quant_matmul,
     quantize_rtn,
 )
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("at_a_time", [1, 64 * 3, 64 * 7, 64 * 200])

@@ -1,6 +1,5 @@
 """What merge.py promises: a merged model has no adapter and returns the adapted model's bits.
 
-
 No tolerance for it anywhere: `torch.equal` is the claim. The command is tested in
 test_formats_run.py.
 """
@@ -10,50 +9,18 @@ import copy
 import pytest
 import torch
 from helpers import same
+from helpers_merge import SMALL, quantized_llama, tokens, trained
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from cli.errors import UserError
-from llama import LINEARS, Cache, Llama, LlamaConfig
+from llama import LINEARS, Cache, Llama
 from merge import merge
-from qalora import LoRALinear, QALoRALinear, adapter_parameters, add_adapters
-from quant import Quantized, QuantLinear, quantize_model
+from qalora import LoRALinear, QALoRALinear, add_adapters
+from quant import Quantized, QuantLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEDS = st.integers(0, 2**32 - 1)
-SMALL = LlamaConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
-
-
-def tokens(seed, *shape):
-    return torch.randint(40, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def quantized_llama(bits=3, group_size=8, dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    return quantize_model(Llama(SMALL), bits, group_size).to(dtype)
-
-
-def trained(model, steps=3):
-    """`model` after some steps of AdamW on random tokens."""
-    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=0.02)
-    for step in range(steps):
-        batch = tokens(step, 4, 12)
-        F.cross_entropy(
-            model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten()
-        ).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
 
 # ---- one layer
 

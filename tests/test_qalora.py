@@ -7,28 +7,19 @@ import copy
 
 import pytest
 import torch
-from helpers import BITS, dense, integers, pool, same
+from helpers import BITS, TWO_LAYERS, dense, integers, pool, quantized_llama, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from cli.errors import UserError
-from llama import CONFIGS, LINEARS, Llama, LlamaConfig
+from llama import CONFIGS, LINEARS, Llama
 from qalora import LoRALinear, QALoRALinear, adapter_parameters, add_adapters
-from quant import Quantized, QuantLinear, quantize_model, quantized_skeleton
+from quant import Quantized, QuantLinear, quantized_skeleton
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SEEDS, RANKS = st.integers(0, 2**32 - 1), st.integers(1, 5)
 ROWS, GROUPS, GROUP_SIZES = st.integers(1, 5), st.integers(1, 4), st.integers(1, 20)
-SMALL = LlamaConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=64,
-)
 
 
 def quant_layer(seed, rows, groups, group_size, bits):
@@ -46,11 +37,6 @@ def adapted_layer(seed, rows, groups, group_size, bits, rank, alpha):
     layer.lora_A.data = integers(seed + 3, -2, 2, rank, groups)
     layer.lora_B.data = integers(seed + 4, -2, 2, rows, rank)
     return layer, w
-
-
-def quantized_llama(seed=0, bits=3, group_size=8):
-    torch.manual_seed(seed)
-    return quantize_model(Llama(SMALL), bits, group_size)
 
 
 # ---- the layer
@@ -187,12 +173,11 @@ def test_lora_is_its_formula_and_changes_nothing_at_first(rank, seed, s):
 )
 def test_the_papers_numbers_of_trainable_parameters(size, qalora, lora):
     """In millions, at rank 64, groups of 32, all seven linears: the figures the paper prints."""
-    with torch.device("meta"):
-        models = quantized_skeleton(CONFIGS[size], 4, 32), Llama(CONFIGS[size])
     trainable = []
-    for model in models:
-        parameters = add_adapters(model, 64, 16).parameters()
-        trainable.append(sum(p.numel() for p in parameters if p.requires_grad))
+    with torch.device("meta"):
+        for model in (quantized_skeleton(CONFIGS[size], 4, 32), Llama(CONFIGS[size])):
+            parameters = add_adapters(model, 64, 16).parameters()
+            trainable.append(sum(p.numel() for p in parameters if p.requires_grad))
     assert [round(n / 1e6) for n in trainable] == [qalora, lora]
 
 
@@ -216,8 +201,8 @@ def test_only_the_adapters_of_the_targets_are_trainable(targets, rank):
 
 def test_quantized_linears_get_qalora_and_float_ones_lora():
     quantized = add_adapters(quantized_llama(), 2, 16)
-    in_float = add_adapters(Llama(SMALL), 2, 16)
-    for name, _ in Llama(SMALL).named_modules():
+    in_float = add_adapters(Llama(TWO_LAYERS), 2, 16)
+    for name, _ in Llama(TWO_LAYERS).named_modules():
         if name.rpartition(".")[2] in LINEARS:
             assert type(quantized.get_submodule(name)) is QALoRALinear
             assert type(in_float.get_submodule(name)) is LoRALinear

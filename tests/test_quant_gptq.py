@@ -159,7 +159,7 @@ def test_extreme_hessians_end_too(hessian, search):
 
 @pytest.mark.parametrize("search", [False, True])
 def test_a_hessian_that_damping_just_makes_definite_is_damped_more(search):
-    """R, with R Rᵀ = H + 0.01, has 0.001 on its diagonal: it would answer an error of 0.03 by 30."""
+    """R, with R Rᵀ = H + 0.01, has 0.001 on its diagonal: an error of 0.03 would call for 30."""
     t = 0.001
     r = (1.01 - t * t / 6) ** 0.5  # so that H has the mean diagonal 1
     factor = r * torch.eye(6, dtype=torch.float64)
