@@ -1,222 +1,84 @@
-"""Speed and memory on this machine, as ratios to a dense model and to other quantized ones measured in the same run.
+"""Speed and memory on this machine, as ratios to a dense model measured in the same run.
 
-    python bench.py --quick                                    3 minutes on 2 cores with AVX-512, 6 without
-    python bench.py --json bench.json --plot growth.png        everything
+    python bench.py --quick                                3 minutes on 2 cores, 6 without AVX-512
+    python bench.py --json bench.json --plot growth.png    everything
+    python bench.py --device cuda --quick --json gpu.json  other tables, 2.5 minutes on an H200
     python -m pytest tests/test_bench.py
 
-Contenders take turns (A B A B ...), so that a busy machine slows all of them; a table shows the median time, and over
-the turns the median, least and largest ratio to the first line. Weights are random: time does not depend on them.
-The floors beside are what the machine's own matmul rate and copy bandwidth, measured first, allow. Peers (bitsandbytes
-and peft, llama-cpp-python) take part where they are installed. What was measured is written up in BENCHMARKS.md.
+Contenders take turns (A B A B ...), so that a busy machine slows all of them. A table shows the
+median time, and over the turns the median, least and greatest ratio to the first line. Weights are
+random: time does not depend on them. The floors are what the machine's own matmul rate and copy
+bandwidth, measured first, allow. Peers (bitsandbytes and peft, llama-cpp-python) take part where
+they are installed. The tables for a GPU are in cli/bench_gpu.py. BENCHMARKS.md has what was
+measured.
 """
 
 import copy
-import ctypes
 import dataclasses
 import functools
-import gc
-import importlib.util
 import json
 import pathlib
-import platform
 import random
-import statistics
 import tempfile
-import time
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
-import quant
-from cli import Parser, new_file, run_command, written_whole
-from data import make_world, train_tokenizer
-from export import write_gguf
-from int4 import prepare_inference
-from llama import CONFIGS, LINEARS, Cache, Llama, check_device, compute_dtype, linears, rotary_table
-from nf4 import NF4Linear
-from qalora import add_adapters
+import kernels.matmul
+from baselines import NF4Linear
+from cli.bench_gpu import on_gpu
+from cli.errors import Parser, require_matplotlib, run_command
+from cli.files import new_file, write_json, written_whole
+from cli.machine import check_device, compute_dtype, default_device
+from cli.measure import (
+    BITS,
+    GROUP_SIZE,
+    RANK,
+    adapted,
+    bitsandbytes_and_peft,
+    compare,
+    compiled,
+    floors,
+    machine,
+    one_token,
+    peak_memory,
+    step_floors,
+    training_step,
+)
+from formats.gguf import write_gguf
+from kernels.int4 import prepare_inference
+from llama import CONFIGS, Llama
 from quant import dequantize, min_max_range, nearest_codes, quantize_gptq, quantize_model
+from text.tokenizer import train_tokenizer
+from text.toy import make_world
 
-RANK, ALPHA, BITS, GROUP_SIZE = 64, 16, 4, 32
-WIDE = dataclasses.replace(CONFIGS["7b"], num_hidden_layers=2, vocab_size=512)  # blocks of LLaMA-7B, almost no head
-NARROW = dataclasses.replace(WIDE, hidden_size=1024, intermediate_size=2816, num_attention_heads=8,
-                             num_key_value_heads=8, num_hidden_layers=1)
-GROWTH = {"tokens": (128, 256, 512, 1024, 2048, 4096), "layers": (1, 2, 4, 8), "rank": (8, 32, 128, 256),
-          "group size": (16, 32, 64, 128)}
-QUICK_GROWTH = {"tokens": (128, 512, 2048), "layers": (1, 4), "rank": (8, 256), "group size": (16, 128)}
-
-
-# ---- measuring
-
-def take_turns(contenders, turns, device):
-    """{name: seconds of each turn} for {name: function}, after one turn that does not count."""
-    seconds = {name: [] for name in contenders}
-    for turn in range(turns + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def floors(facts, dtype, operations, moved):
-    """Milliseconds that so many operations, and so many bytes read, take at least on a machine with such `facts`."""
-    return {"arithmetic": 1e3 * operations / facts["matmul"][str(dtype)], "memory": 1e3 * moved / facts["copy"]}
+# Blocks of LLaMA-7B with almost no output head
+WIDE = dataclasses.replace(CONFIGS["7b"], num_hidden_layers=2, vocab_size=512)
+NARROW = dataclasses.replace(
+    WIDE,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    num_hidden_layers=1,
+)
+GROWTH = {
+    "tokens": (128, 256, 512, 1024, 2048, 4096),
+    "layers": (1, 2, 4, 8),
+    "rank": (8, 32, 128, 256),
+    "group size": (16, 32, 64, 128),
+}
+QUICK_GROWTH = {
+    "tokens": (128, 512, 2048),
+    "layers": (1, 4),
+    "rank": (8, 256),
+    "group size": (16, 128),
+}
 
 
-def compare(what, contenders, turns, device, least, parts=1):
-    """Prints a table of {name: function or None}, None standing for a peer not installed; returns its rows.
-
-    parts: how many equal parts (layers, tokens) a call consists of; times and `least`, the floors, are given per part.
-    """
-    print(f"\n{what} (floors: arithmetic {least['arithmetic']:.3g} ms, memory {least['memory']:.3g} ms)", flush=True)
-    seconds = take_turns({name: run for name, run in contenders.items() if run}, turns, device)
-    first, rows = next(iter(seconds.values())), []
-    for name in contenders:
-        if name not in seconds:
-            print(f"  {name:44} left out: what it needs is not installed")
-            continue
-        ratios = [a / b for a, b in zip(seconds[name], first)]
-        row = {"what": what, "name": name, "milliseconds": 1e3 * statistics.median(seconds[name]) / parts,
-               "floors": least,
-               "ratio": statistics.median(ratios), "from": min(ratios), "to": max(ratios)}
-        print("  {name:44} {milliseconds:9.4g} ms   {ratio:5.2f} x ({from:.2f} to {to:.2f})".format(**row), flush=True)
-        rows.append(row)
-    return rows
-
-
-def machine(device):
-    """This machine's name, matmul rates (operations a second, by dtype) and bandwidth (bytes read and written a second)."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    if pathlib.Path("/proc/cpuinfo").exists() and device == "cpu":
-        facts = dict(map(str.strip, line.split(":", 1)) for line in open("/proc/cpuinfo") if ":" in line)
-        flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "")]
-        name = f"{facts.get('model name', name)} ({', '.join(flags)})"
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.randn(512, 4096, dtype=dtype, device=device), torch.randn(4096, 4096, dtype=dtype, device=device)
-        seconds = take_turns({"matmul": lambda: x @ w.t()}, 5, device)["matmul"]
-        rates[str(dtype)] = 2 * 512 * 4096 ** 2 / statistics.median(seconds)
-    source, target = torch.empty(2, 2 ** 28, dtype=torch.uint8, device=device).fill_(1)
-    seconds = take_turns({"copy": lambda: target.copy_(source)}, 5, device)["copy"]
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "matmul": rates,
-            "copy": 2 * source.nbytes / statistics.median(seconds)}
-
-
-def peak_memory(run, device):
-    """Bytes that `run()` needs at its peak, beyond what is held before; None where the system does not tell."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    if platform.system() != "Linux":
-        return None
-    lines = lambda: pathlib.Path("/proc/self/status").read_text().splitlines()
-    status = lambda key: next(int(line.split()[1]) for line in lines() if line.startswith(key)) * 1024
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it counts when used again
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
-    run()
-    return status("VmHWM") - before
-
-
-@functools.cache
-def can_compile():
-    """Whether torch.compile works here, which takes a C++ compiler."""
-    quant.USE_COMPILER = True
-    quant.dense(torch.zeros(1, 32, dtype=torch.uint8), torch.ones(1, 2), torch.zeros(1, 2), 4, 64, torch.float32)
-    works, quant.USE_COMPILER = quant.USE_COMPILER, False
-    return works
-
-
-def compiled(run):
-    """`run` with what a long run on a CPU comes to use (see `quant.dense`); all others here take the plain path.
-
-    None without a compiler.
-    """
-    if not can_compile():
-        return None
-
-    def now():
-        quant.USE_COMPILER = True
-        run()
-        quant.USE_COMPILER = False
-    return now
-
-
-# ---- what is measured
-
-def training_step(blocks, config, tokens, dtype, device):
-    """A function that goes forward and backward through `blocks` and updates their adapters."""
-    x = torch.randn(1, tokens, config.hidden_size, dtype=dtype, device=device).requires_grad_()
-    rotary, grad = rotary_table(config, torch.arange(tokens, device=device)), torch.randn_like(x)
-    optimizer = torch.optim.AdamW([p for p in blocks.parameters() if p.requires_grad])
-
-    def step():
-        y = x
-        for block in blocks:
-            y = block(y, rotary)
-        y.backward(grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        x.grad = None
-    return step
-
-
-def step_floors(facts, dtype, blocks, tokens):
-    """The floors of a training step on packed blocks: each weight multiplies forward and backward, and is read twice."""
-    layers = [layer.base for _, layer in linears(blocks)]
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
-    return floors(facts, dtype, 4 * weights * tokens, 2 * sum(b.nbytes for layer in layers for b in layer.buffers()))
-
-
-def adapted(model, layers=1, rank=RANK, replace=None):
-    """A copy of the model's first blocks, each linear put through `replace`, with adapters on all of them."""
-    blocks = copy.deepcopy(model.model.layers[:layers])
-    for path, layer in linears(blocks) if replace else ():
-        blocks.set_submodule(path, replace(layer))
-    return add_adapters(blocks, rank, ALPHA)
-
-
-def bitsandbytes_and_peft(model, device):
-    """The adapter library's LoRA over bitsandbytes' NF4, on the model's first block; None if one is not installed."""
-    try:
-        import bitsandbytes
-        import peft
-    except ImportError:
-        return None
-
-    def nf4(layer):
-        new = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4",
-                                         compute_dtype=layer.weight.dtype)
-        new.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-        return new.to(device)
-
-    blocks = copy.deepcopy(model.model.layers[:1]).requires_grad_(False)
-    for path, layer in linears(blocks):
-        blocks.set_submodule(path, nf4(layer))
-    settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS))
-    return peft.inject_adapter_in_model(settings, blocks)
-
-
-def one_token(model, dtype, device):
-    """A function that decodes one token after 64 others."""
-    cache, token = Cache(model.config, 1, 65, dtype, device), torch.full((1, 1), 5, device=device)
-    cache.keys.normal_(), cache.values.normal_()
-
-    @torch.inference_mode()
-    def run():
-        cache.length = 64
-        model(token, cache)
-    return run
-
-
-def llama_cpp_token(quantized):
-    """The same in llama.cpp, from our Q4_1 file; None if llama-cpp-python or gguf is not installed."""
+def llama_cpp_token(quantized: nn.Module):
+    """`one_token` in llama.cpp, from our Q4_1 file; None if a package is not installed."""
     try:
         import gguf  # noqa: F401, what write_gguf needs
         import llama_cpp
@@ -224,22 +86,36 @@ def llama_cpp_token(quantized):
         return None
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        tokenizer = train_tokenizer(make_world().documents(random.Random(0)), folder / "tokenizer.model", 512)
+        texts = make_world().documents(random.Random(0))
+        tokenizer = train_tokenizer(texts, folder / "tokenizer.model", 512)
         write_gguf(quantized, tokenizer, folder / "model.gguf")
         threads = torch.get_num_threads()
-        llm = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=128, n_threads=threads, use_mmap=False, verbose=False)
+        llm = llama_cpp.Llama(
+            str(folder / "model.gguf"), n_ctx=128, n_threads=threads, use_mmap=False, verbose=False
+        )
     for _ in range(64):  # at once they crashed it on a CPU with AMX
         llm.eval([5])
 
     def run():
         llm.n_tokens = 64
         llm.eval([5])
+
     return run
 
 
-def gptq_by_columns(w_OI, hessian_II, bits, group_size, block=128, damping=0.01):
-    """The reference: Frantar et al. (2023), algorithm 1, one column after another in lazy blocks of 128; (scale,
-    offset) of a group are taken when its first column's turn comes. Returns the quantized matrix."""
+def gptq_by_columns(
+    w_OI: torch.Tensor,
+    hessian_II: torch.Tensor,
+    bits: int,
+    group_size: int,
+    block: int = 128,
+    damping: float = 0.01,
+):
+    """The reference: Frantar et al. (2023), algorithm 1, column by column in lazy blocks of 128.
+
+    A group's scale and offset are chosen when its first column's turn comes. Returns the quantized
+    matrix.
+    """
     w = w_OI.clone()
     h = hessian_II + damping * hessian_II.diagonal().mean() * torch.eye(len(hessian_II))
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
@@ -248,33 +124,38 @@ def gptq_by_columns(w_OI, hessian_II, bits, group_size, block=128, damping=0.01)
         errors = torch.zeros(len(w), end - start)
         for i in range(start, end):
             if i % group_size == 0:
-                scale, offset = min_max_range(w[:, None, i:i + group_size], bits)
+                scale, offset = min_max_range(w[:, None, i : i + group_size], bits)
             codes = nearest_codes(w[:, i].view(-1, 1, 1), scale, offset, bits).view(-1)
             rounded = scale[:, 0].float() * codes + offset[:, 0]
             errors[:, i - start] = (w[:, i] - rounded) / u[i, i]
-            w[:, i + 1:end] -= torch.outer(errors[:, i - start], u[i, i + 1:end])
+            w[:, i + 1 : end] -= torch.outer(errors[:, i - start], u[i, i + 1 : end])
             w[:, i] = rounded
         w[:, end:] -= errors @ u[start:end, end:]
     return w
 
 
-def gptq(size, turns, facts):
-    """GPTQ of a size x size layer against the reference; the rows also hold the relative output error.
+def gptq(size: int, turns: int, facts: dict):
+    """GPTQ of a size x size layer against the reference; the rows have the relative output error.
 
-    Of its arithmetic the floor counts a third of size³ operations for the factor, and size³ for the errors' way on.
+    The floor counts size^3 / 3 operations for the factor and size^3 for passing errors on.
     """
     w = torch.randn(size, size) * 0.02
     x = torch.randn(4 * size, size // 8) @ torch.randn(size // 8, size) / (size // 8) ** 0.5
     x += 0.3 * torch.randn(4 * size, size)
     hessian = x.t() @ x / len(x)
-    contenders = {"reference, column by column": lambda: gptq_by_columns(w, hessian, BITS, GROUP_SIZE)}
-    for search in (False, True):
-        contenders[f"quantize_gptq, search={search}"] = lambda search=search: dequantize(
-            quantize_gptq(w, hessian, BITS, GROUP_SIZE, search=search))
     results = {}  # the last of each
-    keep = lambda name, run: lambda: results.update({name: run()})
-    contenders = {name: keep(name, run) for name, run in contenders.items()}
-    least = floors(facts, torch.float32, 4 / 3 * size ** 3, w.nbytes + hessian.nbytes)
+
+    def reference():
+        results["reference, column by column"] = gptq_by_columns(w, hessian, BITS, GROUP_SIZE)
+
+    def ours(search):
+        quantized = quantize_gptq(w, hessian, BITS, GROUP_SIZE, search=search)
+        results[f"quantize_gptq, search={search}"] = dequantize(quantized)
+
+    contenders = {"reference, column by column": reference}
+    for search in (False, True):
+        contenders[f"quantize_gptq, search={search}"] = functools.partial(ours, search)
+    least = floors(facts, torch.float32, 4 / 3 * size**3, w.nbytes + hessian.nbytes)
     rows = compare(f"GPTQ of a {size} x {size} layer", contenders, turns, "cpu", least)
     for row in rows:
         d = w - results[row["name"]]
@@ -283,106 +164,160 @@ def gptq(size, turns, facts):
     return rows
 
 
-def growth(turns, values, facts, dtype, device):
-    """How a training step's time grows with what `values` names, on narrow blocks; a list of rows."""
+def growth(turns: int, values: dict, facts: dict, dtype: torch.dtype, device: str):
+    """How a training step's time grows with what `values` names, on narrow blocks."""
     dense = Llama(dataclasses.replace(NARROW, num_hidden_layers=8)).to(device, dtype)
-    model_of = functools.cache(lambda group_size: quantize_model(copy.deepcopy(dense), BITS, group_size))
+
+    @functools.cache
+    def packed(group_size):
+        return quantize_model(copy.deepcopy(dense), BITS, group_size)
+
     usual = {"tokens": 512, "layers": 1, "rank": RANK, "group size": GROUP_SIZE}
     rows = []
     for name in values:
         for value in values[name]:
             now = {**usual, name: value}
-            models = {"dense, LoRA": dense, "packed, QA-LoRA": model_of(now["group size"])}
-            blocks = {kind: adapted(model, now["layers"], now["rank"]) for kind, model in models.items()}
-            steps = {kind: training_step(b, NARROW, now["tokens"], dtype, device) for kind, b in blocks.items()}
-            steps = {kind: compiled(step) or step for kind, step in steps.items()}
-            least = step_floors(facts, dtype, blocks["packed, QA-LoRA"], now["tokens"])
+            models = {"dense, LoRA": dense, "packed, QA-LoRA": packed(now["group size"])}
+            steps = {}
+            for kind, model in models.items():
+                blocks = adapted(model, now["layers"], now["rank"])
+                step = training_step(blocks, NARROW, now["tokens"], dtype, device)
+                steps[kind] = compiled(step) or step
+            least = step_floors(facts, dtype, blocks, now["tokens"])  # of the packed ones
             for row in compare(f"step on width 1024, {name} {value}", steps, turns, device, least):
                 rows.append({**row, "axis": name, "value": value})
     return rows
 
 
-def plot(rows, path):
+def plot(rows: list[dict], path: str | pathlib.Path):
     """Draws the rows of `growth`, one picture an axis."""
     from matplotlib import pyplot
+
     pyplot.switch_backend("agg")
     figure, pictures = pyplot.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
-    for picture, axis in zip(pictures, dict.fromkeys(row["axis"] for row in rows)):
+    axes = dict.fromkeys(row["axis"] for row in rows)
+    for picture, axis in zip(pictures, axes, strict=False):
         for name in dict.fromkeys(row["name"] for row in rows):
             line = [row for row in rows if (row["axis"], row["name"]) == (axis, name)]
-            picture.plot([row["value"] for row in line], [row["milliseconds"] for row in line], "o-", label=name)
+            values, times = [row["value"] for row in line], [row["milliseconds"] for row in line]
+            picture.plot(values, times, "o-", label=name)
         picture.set(xlabel=axis, ylabel="ms a step", xlim=(0, None), ylim=(0, None))
     pictures[0].legend()
     with written_whole(path) as beside:
         figure.savefig(beside, format="png", dpi=110)
 
 
-def inference(dense, quantized, facts, turns, dtype, device):
+def inference(
+    dense: nn.Module, quantized: nn.Module, facts: dict, turns: int, dtype: torch.dtype, device: str
+):
     """Decoding and prefill, time per block."""
     ready, low = prepare_inference(copy.deepcopy(quantized)), copy.deepcopy(dense).bfloat16()
-    layers, weights = len(dense.model.layers), sum(p.numel() for p in dense.model.layers[0].parameters())
+    layers = len(dense.model.layers)
+    weights = sum(p.numel() for p in dense.model.layers[0].parameters())
     held = sum(b.nbytes for b in ready.model.layers[0].buffers())
-    rows = compare("decoding one token, per block", {
+    least = floors(facts, dtype, 2 * weights, held)
+    ours = f"ours, 4 bits, {8 * held / weights:.2f} bits held a weight"
+    contenders = {
         f"dense {dtype}": one_token(dense, dtype, device),
-        "dense torch.bfloat16": one_token(low, torch.bfloat16, device),  # the same where bfloat16 is native
-        f"ours, 4 bits, {8 * held / weights:.2f} bits held a weight": one_token(ready, dtype, device),
-        "llama.cpp, Q4_1": llama_cpp_token(quantized) if device == "cpu" else None,
-    }, 10 * turns, device, floors(facts, dtype, 2 * weights, held), parts=layers)
+        "dense torch.bfloat16": one_token(low, torch.bfloat16, device),  # perhaps the same
+        ours: one_token(ready, dtype, device),
+        "llama.cpp, Q4_1": llama_cpp_token(quantized),
+    }
+    what = "decoding one token, per block"
+    rows = compare(what, contenders, 10 * turns, device, least, parts=layers)
     tokens = torch.zeros(1, 256, dtype=torch.long, device=device)
-    prefill = lambda model: torch.inference_mode()(lambda: model(tokens))
-    return rows + compare("prefill of 256 tokens, per block", {
-        f"dense {dtype}": prefill(dense), "ours, packed": compiled(prefill(quantized)),
-        "ours, packed, not compiled": prefill(quantized), "ours, prepared for decoding": prefill(ready),
-    }, turns, device, floors(facts, dtype, 2 * weights * 256, held), parts=layers)
+
+    def prefill(model):
+        return torch.inference_mode()(lambda: model(tokens))
+
+    contenders = {
+        f"dense {dtype}": prefill(dense),
+        "ours, packed": compiled(prefill(quantized)),
+        "ours, packed, not compiled": prefill(quantized),
+        "ours, prepared for decoding": prefill(ready),
+    }
+    least = floors(facts, dtype, 2 * weights * 256, held)
+    what = "prefill of 256 tokens, per block"
+    return rows + compare(what, contenders, turns, device, least, parts=layers)
 
 
-def training(dense, quantized, facts, counts, turns, dtype, device):
+def training(
+    dense: nn.Module,
+    quantized: nn.Module,
+    facts: dict,
+    counts: Sequence[int],
+    turns: int,
+    dtype: torch.dtype,
+    device: str,
+):
     """Steps on one block, and their memory."""
     weights = sum(p.numel() for p in dense.model.layers[0].parameters())
-    blocks = {f"dense {dtype}, LoRA": adapted(dense), "ours: 4 bits, QA-LoRA": adapted(quantized),
-              "ours: NF4, QLoRA": adapted(dense, replace=lambda layer: NF4Linear.from_weight(layer.weight.detach())),
-              "bitsandbytes and peft: NF4, QLoRA": bitsandbytes_and_peft(dense, device)}
-    held = 8 * sum(b.nbytes for b in blocks["ours: 4 bits, QA-LoRA"].buffers()) / weights
-    print(f"\nours: 4 bits, QA-LoRA: {held:.3f} bits held a weight while training")
-    rows = [{"what": "bits held a weight while training", "name": "ours: 4 bits, QA-LoRA", "bits": held}]
+
+    def in_nf4(layer):
+        return NF4Linear.from_weight(layer.weight.detach())
+
+    ours = "ours: 4 bits, QA-LoRA"
+    blocks = {
+        f"dense {dtype}, LoRA": adapted(dense),
+        ours: adapted(quantized),
+        "ours: NF4, QLoRA": adapted(dense, replace=in_nf4),
+        "bitsandbytes and peft: NF4, QLoRA": bitsandbytes_and_peft(dense, device),
+    }
+    held = 8 * sum(b.nbytes for b in blocks[ours].buffers()) / weights
+    print(f"\n{ours}: {held:.3f} bits held a weight while training")
+    rows = [{"what": "bits held a weight while training", "name": ours, "bits": held}]
     for tokens in counts:
-        least = step_floors(facts, dtype, blocks["ours: 4 bits, QA-LoRA"], tokens)
-        steps = {name: b and training_step(b, dense.config, tokens, dtype, device) for name, b in blocks.items()}
-        plain = steps["ours: 4 bits, QA-LoRA"]
-        steps |= {"ours: 4 bits, QA-LoRA": compiled(plain), "ours: 4 bits, QA-LoRA, not compiled": plain}
-        for row in compare(f"training step, one block of 7B, {tokens} tokens", steps, turns, device, least):
+        least = step_floors(facts, dtype, blocks[ours], tokens)
+        steps = {}
+        for name, b in blocks.items():
+            steps[name] = b and training_step(b, dense.config, tokens, dtype, device)
+        plain = steps[ours]
+        steps |= {ours: compiled(plain), f"{ours}, not compiled": plain}
+        what = f"training step, one block of 7B, {tokens} tokens"
+        for row in compare(what, steps, turns, device, least):
             row["peak bytes"] = peak = peak_memory(steps[row["name"]], device)
-            print(f"  {row['name']:44} {peak / 2 ** 20:9.0f} MiB more at its peak" if peak is not None else "")
+            if peak is not None:
+                print(f"  {row['name']:44} {peak / 2**20:9.0f} MiB more at its peak")
             rows.append(row)
     return rows
 
 
 def main():
+    """The command."""
     parser = Parser(prog="bench.py", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer turns and tokens, a smaller layer for GPTQ")
-    parser.add_argument("--json", type=new_file, help="write all rows to this file")
-    parser.add_argument("--plot", type=new_file, help="draw how cost grows (PNG, needs matplotlib)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="fewer turns and tokens, a smaller layer for GPTQ")
+    add("--json", type=new_file, help="write all rows to this file")
+    add("--plot", type=new_file, help="draw how cost grows (PNG, needs matplotlib)")
+    add("--device", choices=["cpu", "cuda"], default=default_device())
     args = parser.parse_args()
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib; run: pip install matplotlib")
+    if args.plot:
+        require_matplotlib()
     check_device(args.device)
     torch.manual_seed(0)
-    quant.USE_COMPILER = False
+    kernels.matmul.USE_COMPILER = False
     turns, dtype = 3 if args.quick else 7, compute_dtype(torch.bfloat16, args.device)
     facts = machine(args.device)
-    print(json.dumps(facts, indent=1))
+    print(json.dumps(facts, indent=1), flush=True)
+
+    def write(rows):
+        if args.json:
+            write_json({"machine": facts, "rows": rows}, args.json)
+
+    if args.device == "cuda":
+        on_gpu(facts, args.quick, write)
+        return
     dense = Llama(WIDE).to(args.device, dtype)
     quantized = quantize_model(copy.deepcopy(dense), BITS, GROUP_SIZE)
     rows = inference(dense, quantized, facts, turns, dtype, args.device)
-    rows += training(dense, quantized, facts, (512,) if args.quick else (512, 2048), turns, dtype, args.device)
-    rows += gptq(2048 if args.quick else 4096, turns, facts)
-    rows += growth(2 if args.quick else 5, QUICK_GROWTH if args.quick else GROWTH, facts, dtype, args.device)
+    tokens, size = ((512,), 2048) if args.quick else ((512, 2048), 4096)
+    rows += training(dense, quantized, facts, tokens, turns, dtype, args.device)
+    rows += gptq(size, turns, facts)
+    turns, values = (2, QUICK_GROWTH) if args.quick else (5, GROWTH)
+    rows += growth(turns, values, facts, dtype, args.device)
     if args.plot:
         plot([row for row in rows if "axis" in row], args.plot)
-    if args.json:
-        with written_whole(args.json) as beside:
-            beside.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+    write(rows)
 
 
 if __name__ == "__main__":

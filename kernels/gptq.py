@@ -19,7 +19,7 @@ def gram(x_NI: Tensor) -> Tensor:
 def best_trial(
     x_gO: Tensor, importance_g: Tensor, trials_T2O: Tensor, bits: int, cut: Tensor, least: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(cut [2, O], its error [O]): the best of T trials, all at once, and of what was found before."""
+    """(cut [2, O], its error [O]): the best of T trials, tried at once, and of those before."""
     below, above = trials_T2O.unsqueeze(2).unbind(1)  # [T, 1, O] each
     step = (1 - below - above) / (2**bits - 1)
     exact = torch.addcmul(-below / step, x_gO, 1 / step)  # [T, g, O]

@@ -56,7 +56,7 @@ def whole(folder):
 
 
 def test_the_triton_kernels_keep_their_promises_without_the_interpreter():
-    printed, _ = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_triton.py")
+    printed, _ = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_triton.py")
     assert "passed" in printed and "skipped" not in printed, printed
 
 
