@@ -21,6 +21,7 @@ import pathlib
 from types import ModuleType
 
 import torch
+from sentencepiece import SentencePieceProcessor
 
 from cli.errors import UserError
 from formats import gguf, huggingface, meta, quantized, run
@@ -70,7 +71,7 @@ def check(path: str | pathlib.Path):
     format_of(path).check(pathlib.Path(path))
 
 
-def check_tokenizer(path: str | pathlib.Path, tokenizer):
+def check_tokenizer(path: str | pathlib.Path, tokenizer: SentencePieceProcessor):
     """Raises UserError when the weights come with a vocabulary that is not the tokenizer's."""
     module = format_of(path)
     if hasattr(module, "check_tokenizer"):

@@ -18,6 +18,7 @@ import json
 import pathlib
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import safetensors
 import torch
@@ -231,7 +232,7 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple]:
     return shapes
 
 
-def check_places(path: pathlib.Path, reader):
+def check_places(path: pathlib.Path, reader: Any):
     """Raises UserError unless every tensor begins where the one before it ends."""
     in_order = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
     for before, tensor in zip(in_order, in_order[1:], strict=False):
@@ -242,7 +243,7 @@ def check_places(path: pathlib.Path, reader):
             )
 
 
-def check_tensor(path: pathlib.Path, tensor, shape: tuple, is_linear: bool):
+def check_tensor(path: pathlib.Path, tensor: Any, shape: tuple, is_linear: bool):
     """Raises UserError unless a tensor has `shape` and can be read; linear layers must be Q4_1."""
     gguf, kind = gguf_package(), tensor.tensor_type
     remedy = "make the file anew with llama-quantize MODEL.gguf OUT.gguf Q4_1"
@@ -297,7 +298,7 @@ def gguf_config(path: pathlib.Path, metadata: dict, tied: bool) -> LlamaConfig:
     return config
 
 
-def dequantized(path: pathlib.Path, tensor, dtype: torch.dtype) -> Tensor:
+def dequantized(path: pathlib.Path, tensor: Any, dtype: torch.dtype) -> Tensor:
     """A tensor of a GGUF file in `dtype`; UserError where it is not finite."""
     values = gguf_package().dequantize(tensor.data, tensor.tensor_type)
     values = torch.from_numpy(values.copy()).to(dtype)
@@ -347,7 +348,7 @@ def write_gguf(
     write_tensors(path, start, places, start + end)
 
 
-def write_metadata(writer, config: LlamaConfig, tokenizer: SentencePieceProcessor):
+def write_metadata(writer: Any, config: LlamaConfig, tokenizer: SentencePieceProcessor):
     """Adds all hyperparameters and the vocabulary to a GGUFWriter."""
     gguf = gguf_package()
     writer.add_type("model")
@@ -413,7 +414,7 @@ def write_tensors(path: pathlib.Path, start: int, places: list[tuple[int, Callab
 REST = "gguf.safetensors"  # beside a base made of a GGUF file: all of it but the linear layers
 
 
-def save_rest(reader, others: list, path: pathlib.Path):
+def save_rest(reader: Any, others: list, path: pathlib.Path):
     """Keeps what `write_back` needs: header, the bytes of `others`, and where each tensor lies."""
 
     def copy(start, size):

@@ -94,11 +94,9 @@ class FromFile:
         found = [
             [ids[p]] if p in ids else [ids[f"<0x{byte:02X}>"] for byte in p.encode()] for p in parts
         ]
-        assert all(
-            kinds[i] == (gguf.TokenType.BYTE if p not in ids else gguf.TokenType.NORMAL)
-            for p, group in zip(parts, found, strict=False)
-            for i in group
-        )
+        for part, group in zip(parts, found, strict=True):
+            kind = gguf.TokenType.NORMAL if part in ids else gguf.TokenType.BYTE
+            assert all(kinds[i] == kind for i in group)
         return sum(found, [])
 
 
@@ -181,10 +179,12 @@ def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
     for name, p in Llama(config).named_parameters():
         name = gguf_name(name)
         w = (rng.normal(0, 0.2, p.shape) + (p.dim() == 1)).astype(np.float32)
-        kind = Type.F32 if p.dim() == 1 else head if name == "output.weight" else Type.Q4_1
+        kind = head if name == "output.weight" else Type.Q4_1
+        if p.dim() == 1:
+            kind = Type.F32
         if (
             kind == Type.Q6_K
-        ):  # which the package only reads: any bytes, with a small scale at each block's end
+        ):  # the package only reads it: any bytes, a small scale at a block's end
             w = rng.integers(0, 256, (p.shape[0], p.shape[1] // 256, 210), dtype=np.uint8)
             w[..., 208:] = np.array([0.0001], np.float16).view(np.uint8)
             w = w.reshape(p.shape[0], -1)

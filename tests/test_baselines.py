@@ -199,7 +199,8 @@ def test_a_layer_multiplies_with_its_dequantized_weight_and_so_does_its_gradient
     same_x, w = x.detach().clone().requires_grad_(), layer.weight.to(dtype)
     y, wanted = layer(x), same_x @ w.t()
     direction = normal(seed + 2, *y.shape).to(dtype)
-    y.backward(direction), wanted.backward(direction)
+    y.backward(direction)
+    wanted.backward(direction)
     assert y.dtype == dtype and torch.equal(y, wanted)
     tolerance = 1e-1 if dtype.itemsize == 2 else 1e-4
     assert torch.allclose(x.grad, same_x.grad, rtol=tolerance, atol=tolerance)
@@ -289,10 +290,11 @@ def test_a_qlora_model_trains_only_its_adapters():
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-2)
     tokens, losses = torch.arange(20).view(2, 10), []
     for _ in range(30):
-        loss = torch.nn.functional.cross_entropy(
-            model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-        )
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        logits = model(tokens[:, :-1]).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3, losses
     assert all(torch.equal(b.view(torch.uint8), before[name]) for name, b in model.named_buffers())
