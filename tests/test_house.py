@@ -145,6 +145,9 @@ def test_the_paper_is_five_short_files():
 def test_no_test_file_is_long():
     long = {path.name: lines(path) for path in TESTS if lines(path) > 500}
     assert not long
+
+
+def test_the_specification_is_short():
     assert lines(ROOT / "tests" / "test_specification.py") <= 300
 
 
