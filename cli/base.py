@@ -199,7 +199,7 @@ def quantize_into(
     load_block = block_loader(weights, dtype, settings.device)
     if settings.method == "qlora":
         quantize_model_nf4(model, load_block)
-        save_quantized(model, folder, stored, quantizer="nf4")
+        save_quantized(fill(model, weights, dtype=stored), folder, quantizer="nf4")
         return
     calibration = None
     if settings.quantizer == "gptq":
@@ -207,7 +207,8 @@ def quantize_into(
         calibration = calibration_windows(texts, tokenizer, context, settings.calibration_tokens)
     bits, group_size = settings.bits, settings.group_size
     quantize_model(model, bits, group_size, calibration, load_block=load_block)
-    save_quantized(model, folder, stored, quantizer=settings.quantizer)
+    fill(model, weights, dtype=stored)  # what stays float, without the rounding to `dtype`
+    save_quantized(model, folder, quantizer=settings.quantizer)
 
 
 def fill_all_but_blocks(model: Llama, weights: dict, dtype: torch.dtype, device: str):

@@ -153,7 +153,8 @@ def read_settings(description: str) -> Settings:
                 f"{option(name)} means nothing to --method {settings.method}; leave it out"
             )
     if settings.paged_optimizer and not settings.device.startswith("cuda"):
-        print(f"--paged-optimizer: nothing to page on {settings.device}; plain AdamW is used")
+        where = f"on --device {settings.device} there is nothing to page"
+        print(f"--paged-optimizer: {where}; plain AdamW is used")
         settings = dataclasses.replace(settings, paged_optimizer=0)
     return settings
 
@@ -197,7 +198,7 @@ def recipe(given: dict) -> dict:
         return {**values, **TOY}
     weights = values["weights"] = values["weights"] or f"weights/{model}"
     if not pathlib.Path(weights).exists():
-        if weights.endswith(".gguf"):
+        if weights.lower().endswith(".gguf"):
             raise UserError(f"--weights {weights}: there is no such file")
         print(MISSING_WEIGHTS.format(model=model or "7b"), file=sys.stderr)
         raise UserError(
