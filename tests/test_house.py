@@ -212,7 +212,8 @@ def unhinted(node):
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_line_is_plain(path):
-    assert not style_violations(SOURCES.get(path) or TESTS[path])
+    found = style_violations(SOURCES.get(path) or TESTS[path])
+    assert not found, "\n".join(f"{path.name}:{line}: {what}" for line, what in found)
 
 
 @pytest.mark.parametrize("path", list(SOURCES), ids=lambda p: str(p.relative_to(ROOT)))
