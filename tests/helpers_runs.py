@@ -65,14 +65,11 @@ NOUNS = [
 ]
 
 
-RECORDS = [
-    {
-        "instruction": f"Say how many letters {word} has, {times} times.",
-        "output": f"{len(word)} " * times,
-    }
-    for word in NOUNS
-    for times in (1, 2, 3)
-]
+RECORDS = []
+for word in NOUNS:
+    for times in (1, 2, 3):
+        asked = f"Say how many letters {word} has, {times} times."
+        RECORDS.append({"instruction": asked, "output": f"{len(word)} " * times})
 
 
 def save_random(folder, seed=0, config=CONFIG, dtype=torch.float32):
@@ -109,10 +106,11 @@ def options(world, out, **changed):
         )
         | changed
     )
-    given = {
-        f"--{name.replace('_', '-')}": value for name, value in words.items() if value is not None
-    }
-    return [str(word) for pair in given.items() for word in pair]
+    given = []
+    for name, value in words.items():
+        if value is not None:
+            given += [f"--{name.replace('_', '-')}", str(value)]
+    return given
 
 
 def command(script, *words, status=0, **more):

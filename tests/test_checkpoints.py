@@ -206,7 +206,7 @@ def test_files_that_have_moved_are_named_anew_on_resuming(world, tmp_path):
     here.rename(there)
     settings = (out / "run.json").read_text()
     (out / "run.json").write_text(settings.replace('"device": "cpu"', '"device": "cuda"'))
-    moved = [word for name, path in named(there).items() for word in (f"--{name}", str(path))]
+    moved = [f"--{name}={path}" for name, path in named(there).items()]
     run(
         tmp_path / "log", ["--resume", "--out", str(out), "--steps", "4", "--device", "cpu", *moved]
     )

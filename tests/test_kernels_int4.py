@@ -7,9 +7,9 @@ import weakref
 
 import pytest
 import torch
+from helpers import BITS, SEEDS, dense, integers, normal, random_quantized
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_quant import BITS, SEEDS, dense, integers, normal, random_quantized
 from torch import nn
 
 from kernels import int4, matmul

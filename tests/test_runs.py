@@ -287,12 +287,9 @@ def test_resuming_looks_where_the_start_has_written(
     tmp_path, monkeypatch, weights, model, expected
 ):
     monkeypatch.chdir(tmp_path)
-    words = [
-        word
-        for name, value in (("--weights", weights), ("--model", model))
-        if value
-        for word in (name, value)
-    ]
+    words = []
+    for name, value in (("--weights", weights), ("--model", model)):
+        words += [name, value] if value else []
     assert f"there is no {expected}/run.json" in refusal(monkeypatch, "--resume", *words)
 
 

@@ -50,9 +50,9 @@ from text.tokenizer import load_tokenizer, train_tokenizer
 
 def test_a_real_llama_from_float_to_merged_int4_killed_on_the_way(material, tmp_path):
     weights, seeds = material("stories260K"), material("self-instruct-seeds.json")
-    texts = [
-        text for r in json.loads(seeds.read_text()) for text in (r["instruction"], r["output"])
-    ]
+    texts = []
+    for record in json.loads(seeds.read_text()):
+        texts += [record["instruction"], record["output"]]
     train_tokenizer(texts, tmp_path / "tokenizer.model", 512)
     common = [
         "--weights",
@@ -303,9 +303,9 @@ def test_only_the_targets_are_trained(world, whole, tmp_path):
         for name, t in base.state_dict().items()
         if not torch.equal(t, merged.state_dict()[name])
     }
-    assert changed == {
-        f"model.layers.{i}.self_attn.{n}_proj.offset" for i in range(2) for n in "qv"
-    }
+    layers = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    queries, values = ([f"{layer}.{n}_proj.offset" for layer in layers] for n in "qv")
+    assert changed == {*queries, *values}
     merged = load_model(whole)  # all seven
     changed = {
         name
@@ -340,7 +340,8 @@ def test_in_bfloat16_the_adapters_and_their_optimizer_stay_in_float32(world, tmp
     state = torch.load(tmp_path / "run" / "step-6" / "optimizer.pt", weights_only=True)[
         "optimizer"
     ]["state"]
-    assert {t.dtype for entry in state.values() for t in entry.values()} == {torch.float32}
+    for moments in state.values():
+        assert {t.dtype for t in moments.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", ["qalora", "qlora", "lora"])
