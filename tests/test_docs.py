@@ -1,0 +1,265 @@
+"""What README.md and docs/ say is true: commands run, links lead somewhere, tables are the results.
+
+A fenced block that begins with ```sh is run line by line, except what .ci/run types itself. One
+marked `needs-weights` is run with small random weights in the place of a 7B's (see `small`); lines
+that start another program are not. One marked `slow` is only parsed. ```python blocks are run.
+"""
+
+import json
+import pathlib
+import re
+import runpy
+import shlex
+import shutil
+
+import pytest
+import torch
+from helpers_runs import ROOT
+
+import compare
+from cli.comparison import differences, summary
+from cli.settings import option_parser
+from cli.toy import table
+from llama import CONFIGS, Llama
+from qalora import adapter_parameters, add_adapters
+from quant import quantized_skeleton
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+) ?([\w-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TYPED_BY_CI = (
+    "python train.py",
+    "python -m pytest",
+    "python -m pytest tests/test_specification.py",
+)
+OTHER_PROGRAMS = ("llama-cli",)
+LITTLE = ["--steps", "2", "--rank", "2", "--max-length", "96", "--quantizer", "rtn"]
+LITTLE += ["--batch-size", "4", "--micro-batch-size", "2", "--device", "cpu"]
+
+
+def blocks(page, language, mark):
+    """The texts of a page's fenced blocks of one language with one mark."""
+    found = BLOCK.findall(page.read_text())
+    return [text for name, note, text in found if (name, note) == (language, mark)]
+
+
+def commands(page, mark):
+    """The words of every command in a page's shell blocks, without comments and `pip install`."""
+    found = []
+    for text in blocks(page, "sh", mark):
+        for line in text.splitlines():
+            command = line.partition("#")[0].rpartition("&&")[2].strip()
+            if command:
+                found.append(shlex.split(command))
+    return found
+
+
+def run_here(words, monkeypatch):
+    """Runs `python SCRIPT OPTIONS` in this process."""
+    assert words[0] == "python", words
+    monkeypatch.setattr("sys.argv", words[1:])
+    try:
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    except SystemExit as e:
+        assert not e.code, words
+
+
+def small(words):
+    """A command about a 7B, made one about small random weights that takes a second."""
+    words = [word for word in words if word not in ("--model", "7b")]
+    if words[1] == "train.py" and "--resume" not in words:
+        from_gguf = any(word.endswith(".gguf") for word in words)
+        words += [word for word in LITTLE if not (from_gguf and word in ("--quantizer", "rtn"))]
+    if words[1] == "sample.py":
+        words += ["--max-new-tokens", "4"]
+    return words
+
+
+@pytest.fixture
+def place(world, whole, material, tmp_path, monkeypatch):
+    """A folder with everything that the pages name: DIR, alpaca.json, model.Q4_1.gguf and more."""
+    pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "weights", "DIR")
+    shutil.copy(world / "records.json", "alpaca.json")
+    shutil.copy(world / "weights" / "tokenizer.model", tmp_path)
+    run_here(["python", "export.py", str(whole), "--out", "model.Q4_1.gguf"], monkeypatch)
+    pathlib.Path("wiki.txt").write_text("Once upon a time there was a town. " * 20)
+    question = {"question": "A town is", "choices": ["a place", "a song"], "answer": 0}
+    pathlib.Path("hellaswag.jsonl").write_text(json.dumps(question) + "\n")
+    for part in ("dev", "test"):
+        folder = pathlib.Path("mmlu/data") / part
+        folder.mkdir(parents=True)
+        rows = "What is a town?,place,song,colour,pet,A\n" * 5
+        (folder / f"anatomy_{part}.csv").write_text(rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_about_a_real_llama_run_on_small_weights(page, place, monkeypatch):
+    for words in commands(page, "needs-weights"):
+        if words[0] not in OTHER_PROGRAMS:
+            if words[1] == "train.py" and "--resume" not in words:
+                shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+            run_here(small(words), monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_other_commands_run_as_they_are(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "results", "results")
+    for words in commands(page, ""):
+        if " ".join(words) not in TYPED_BY_CI:
+            pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+            run_here(words, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_run(page):
+    for text in blocks(page, "python", ""):
+        assert len(text.splitlines()) <= 20
+        exec(compile(text, str(page), "exec"), {})
+
+
+def test_every_shell_block_is_run_or_marked_and_what_ci_types_is_in_the_readme():
+    for page in PAGES:
+        for language, mark, _ in BLOCK.findall(page.read_text()):
+            assert language in ("sh", "python", "text"), (page, language)
+            assert mark in ("", "needs-weights", "slow"), (page, mark)
+    typed = (ROOT / ".ci" / "run").read_text()
+    for line in blocks(PAGES[0], "sh", "")[0].splitlines():
+        assert line.partition("#")[0].strip() in typed, line
+
+
+def test_slow_commands_have_options_that_exist(monkeypatch):
+    slow = []
+    for page in PAGES:
+        slow += commands(page, "slow")
+    assert slow
+    for words in slow:
+        assert words[:2] == ["python", "compare.py"] and words[2:] in ([], ["--quick"])
+    option_parser("").parse_args(["--resume", "--out", "runs/7b"])  # as the pages' text says
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "BENCHMARKS.md"], ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+# ---- tables
+
+
+def rows_under(page, heading):
+    """The cells of the table below the line `heading` begins."""
+    lines = page.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(heading))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip(" *") for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_the_readmes_table_is_that_of_the_default_run():
+    results = json.loads((ROOT / "results" / "toy.json").read_text())
+    assert results["bit_identical"]
+    shown = "\n".join(line.rstrip() for line in blocks(PAGES[0], "text", "")[0].splitlines())
+    assert table(results["table"]) in shown
+
+
+RENAMED = {
+    "base, not fine-tuned": "base",
+    "LoRA, float32": "LoRA",
+    "QLoRA, NF4 and float adapter": "QLoRA",
+}
+
+
+def test_the_comparisons_table_is_that_of_its_results():
+    found = summary(json.loads((ROOT / "results" / "compare.json").read_text())["rows"])
+    rows = rows_under(ROOT / "docs" / "results.md", "| deployed model |")
+    assert len(rows) == 11
+    for name, bits, trainable, exact, choice, perplexity in rows:
+        measured = found[RENAMED.get(name, name.replace(", ", " "))]
+        percent = [
+            "{:.1f} ± {:.1f}".format(*(100 * number for number in measured[metric]))
+            for metric in ("exact_match", "multiple_choice")
+        ]
+        assert [exact, choice] == percent, name
+        assert perplexity == "{:.3f} ± {:.3f}".format(*measured["perplexity"]), name
+        assert bits == f"{measured['bits_per_weight'][0]:.3g}", name
+        assert trainable == f"{measured['trainable'][0]:,.0f}", name
+
+
+ABLATIONS = {
+    "the table": "",
+    "the same, attention only": ", attention only",
+    "the same, GPTQ": ", min-max ranges",
+    "the same, an eighth": ", 1/8 of the examples",
+    "groups of 16": ", groups of 16",
+    "groups of 32": ", groups of 32",
+    "groups of 64": ", groups of 64",
+}
+
+
+def test_the_differences_are_those_of_the_results():
+    rows = json.loads((ROOT / "results" / "compare.json").read_text())["rows"]
+    lines = dict(line.split(": ") for line in differences(rows).splitlines())
+    shown = rows_under(ROOT / "docs" / "results.md", "| | 4 bits | 3 bits | 2 bits |")
+    assert len(shown) == len(ABLATIONS)
+    for title, *cells in shown:
+        what = next(words for start, words in ABLATIONS.items() if title.startswith(start))
+        for bits, cell in zip((4, 3, 2), cells, strict=True):
+            if cell:
+                row = f"QA-LoRA {bits} bits{what} against QLoRA w/ GPTQ {bits} bits{what}"
+                assert cell.replace("−", "-") == lines[row], row
+
+
+def test_the_memory_of_real_sizes_follows_from_their_shapes():
+    for name, *cells in rows_under(ROOT / "docs" / "real-llama.md", "| | base |"):
+        config = CONFIGS[name]
+        with torch.device("meta"):
+            dense, packed = Llama(config), quantized_skeleton(config, 4, 32)
+            adapters = adapter_parameters(add_adapters(packed, 64, 16))
+        linears = sum(p.numel() for p in dense.model.layers.parameters() if p.dim() == 2)
+        outside = sum(p.numel() for p in (dense.lm_head.weight, dense.model.embed_tokens.weight))
+        trained = sum(p.numel() for p in adapters.values())
+        weights = sum(p.numel() for p in dense.parameters())
+        base, head, adapter, activations, total, float16, hours = (
+            float(cell.split()[0]) for cell in cells
+        )
+        tokens, rate = 10_000 * 16 * 512, 400e12
+        assert base == pytest.approx(linears * (0.5 + 6 / 32) / 1e9, abs=0.06)
+        assert head == pytest.approx(outside * 2 / 1e9, abs=0.06)
+        assert adapter == pytest.approx(trained * 16 / 1e9, abs=0.06)  # with gradient, two moments
+        assert total == pytest.approx(base + head + adapter + activations, abs=0.11)
+        assert float16 == pytest.approx(weights * 2 / 1e9, abs=0.06)
+        recomputed = 6 * (weights - outside / 2) * tokens / rate / 3600
+        assert hours == pytest.approx(recomputed, rel=0.06)
+
+
+def test_the_gpus_table_is_that_of_its_results():
+    rows = json.loads((ROOT / "results" / "gpu.json").read_text())["rows"]
+    names = {
+        "dense, LoRA in bfloat16": "dense, LoRA in bfloat16",
+        "dense, LoRA in float32": "dense, LoRA in float32",
+        "4 bits, QA-LoRA": "ours: 4 bits, QA-LoRA",
+        "bitsandbytes and peft, QLoRA": "bitsandbytes and peft: QLoRA",
+        "the same under autocast": "bitsandbytes and peft: QLoRA, autocast",
+        "recorded: dense, LoRA in bfloat16": "dense, LoRA in bfloat16, recorded",
+        "recorded: 4 bits, QA-LoRA": "ours: 4 bits, QA-LoRA, recorded",
+        "recorded: bitsandbytes and peft, QLoRA": "bitsandbytes and peft: QLoRA, recorded",
+    }
+    shown = rows_under(ROOT / "BENCHMARKS.md", "| forward, recomputation and backward")
+    measured = {(row["what"], row["name"]): row.get("milliseconds") for row in rows}
+    for title, *cells in shown[1:]:
+        for size, cell in zip(("1 x 512", "4 x 512", "4 x 2048"), cells, strict=True):
+            what = f"forward, recompute, backward of a block, {size} tokens"
+            milliseconds = measured[what, names[title]]
+            assert float(cell.split()[0]) == pytest.approx(milliseconds, rel=0.01), (title, size)
+
+
+def test_the_study_is_the_documented_one():
+    """results/compare.json was made with the settings that compare.py has."""
+    settings = json.loads((ROOT / "results" / "compare.json").read_text())["settings"]
+    assert settings == json.loads(json.dumps(vars(compare.FULL)))
