@@ -175,7 +175,8 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 assert cache is None, "a cache cannot be filled twice: no checkpointing with it"
-                x = checkpoint(block, x, rotary, use_reentrant=False)
+                # nothing is drawn at random in a block: keeping the generators' states would be for nothing
+                x = checkpoint(block, x, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rotary, functools.partial(cache.append, i) if cache else None)
         if cache:
