@@ -36,8 +36,8 @@ class QALoRALinear(nn.Module):
 
     def effective_offset(self):
         """offset + s * B @ A, float32 [O, G]. The forward pass and the merge both take it from here."""
-        with torch.autocast(self.lora_A.device.type, enabled=False):
-            return self.base.offset + self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        with torch.autocast(self.lora_A.device.type, enabled=False):  # one kernel, not three
+            return torch.addmm(self.base.offset, self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
 
     def forward(self, x):  # [..., I] -> [..., O]
         base = self.base
@@ -77,9 +77,9 @@ class LoRALinear(nn.Module):
 
 
 def _adapter(rank, in_features, out_features, device):  # A random, B zero: at first the adapter changes nothing
-    a = torch.empty(rank, in_features, dtype=torch.float32, device=device)
+    a = torch.empty(rank, in_features, dtype=torch.float32)  # drawn on the CPU: a seed gives the same start everywhere
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    return nn.Parameter(a), nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
+    return nn.Parameter(a.to(device)), nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
 
 
 def add_adapters(model, rank, alpha, targets=LINEARS):
