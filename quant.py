@@ -204,6 +204,8 @@ def round_in_order(w_gO, factor_gg, scale, offset, bits):
     """GPTQ's codes [g, O], in float, for a group whose scale [O] and offset [O] are given."""
     step = torch.where(scale == 0, torch.inf, scale.float())  # a group with scale 0 is constant: all its codes are 0
     w = (w_gO - offset) / step  # in steps, so that an error is w - code
+    if kernels := triton_for(w, (torch.float32,)):  # one launch where the loop below takes some two hundred
+        return kernels.round_in_order(w, factor_gg, bits)
     drift, error, codes = torch.zeros_like(w), torch.empty_like(w), torch.empty_like(w)
     diagonal = factor_gg.diagonal().tolist()
 
@@ -225,11 +227,27 @@ def best_range(w_gO, importance_g, bits):
     cut, least = torch.zeros(2, w_gO.shape[1], device=w_gO.device), torch.full_like(low, torch.inf)
     scratch = torch.empty_like(x_gO), torch.empty_like(x_gO)  # new memory for every trial takes longer than its sums
     for step, reach in ((0.1, torch.arange(5)), (0.05, torch.arange(-1, 2))):
-        for trial in cut + step * torch.cartesian_prod(reach, reach).unsqueeze(-1).to(cut):  # [2, O]
+        trials = cut + step * torch.cartesian_prod(reach, reach).unsqueeze(-1).to(cut)  # [T, 2, O]
+        if w_gO.is_cuda:  # all trials at once: there the launches take the time
+            cut, least = _best_trial(x_gO, importance_g, trials, bits, cut, least)
+            continue
+        for trial in trials:
             error = _clipping_error(x_gO, importance_g, *trial, bits, *scratch)
             cut, least = torch.where(error < least, trial, cut), torch.minimum(error, least)
     below, above = cut
     return round_up_to_float16((1 - below - above) * (high - low), 2 ** bits - 1), low + below * (high - low)
+
+
+def _best_trial(x_gO, importance_g, trials_T2O, bits, cut, least):
+    """(cut [2, O], its error [O]): the best of the trials and of what was found before."""
+    below, above = trials_T2O.unsqueeze(2).unbind(1)  # [T, 1, O] each
+    step = (1 - below - above) / (2 ** bits - 1)
+    exact = torch.addcmul(-below / step, x_gO, 1 / step)  # [T, g, O]
+    error = exact.round().clamp_(0, 2 ** bits - 1).sub_(exact).square_()
+    error = (importance_g @ error) * step.squeeze(1).square()  # [T, O]
+    errors, found = torch.cat((least.unsqueeze(0), error)).min(dim=0)
+    cuts = torch.cat((cut.unsqueeze(0), trials_T2O))
+    return cuts.gather(0, found.expand(1, 2, -1))[0], errors
 
 
 def _clipping_error(x_gO, importance_g, below, above, bits, exact, codes):  # [O]
@@ -290,6 +308,8 @@ def quant_matmul(x, packed, scale, offset, bits):
     """
     assert x.shape[-1] % scale.shape[1] == 0 and packed.shape[1] == packed_width(x.shape[-1], bits), \
         f"x {tuple(x.shape)} does not fit packed {tuple(packed.shape)} and scale {tuple(scale.shape)} at {bits} bits"
+    if not torch.is_autocast_enabled(x.device.type):  # the usual case, spared a context: Python's time counts on a GPU
+        return QuantMatmul.apply(x, packed, scale, offset, bits)
     with torch.autocast(x.device.type, enabled=False):
         return QuantMatmul.apply(x, packed, scale, offset, bits)
 
@@ -304,7 +324,7 @@ class QuantMatmul(torch.autograd.Function):
     def forward(ctx, x, packed, scale, offset, bits):
         x_NI = x.reshape(-1, x.shape[-1])
         y_NO = product(x_NI, packed, scale, offset, bits, triton_for(x))
-        pooled_NG = x_NI.unflatten(1, (scale.shape[1], -1)).sum(dim=-1) if ctx.needs_input_grad[3] else None
+        pooled_NG = pooled(x_NI, scale.shape[1], triton_for(x)) if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(packed, scale, offset, pooled_NG)
         ctx.bits, ctx.x_shape = bits, x.shape
         return y_NO.view(*x.shape[:-1], len(packed))
@@ -321,6 +341,13 @@ class QuantMatmul(torch.autograd.Function):
             gx_NI = input_gradient(gy_NO, packed, scale, offset, ctx.bits, ctx.x_shape[-1], triton_for(grad_y))
             grad_x = gx_NI.view(ctx.x_shape)
         return grad_x, None, None, grad_offset, None
+
+
+def pooled(x_NI, groups, kernels=None):
+    """The sum of x over each group of inputs, [N, G] in x's dtype, rounded once."""
+    if kernels:
+        return kernels.pool(x_NI, groups)
+    return x_NI.unflatten(1, (groups, -1)).sum(dim=-1)
 
 
 def product(x_NI, packed, scale, offset, bits, kernels=None):
@@ -434,9 +461,9 @@ def _plane_by_plane(packed, scale, offset, bits, dtype):  # scale, offset [O, pl
 USE_TRITON = None  # None: for tensors on a GPU that can. Tests set True (Triton's interpreter on a CPU) or False
 
 
-def triton_for(x):
+def triton_for(x, dtypes=(torch.bfloat16, torch.float16)):
     """The module `triton_kernels` if it shall and can compute with tensors like `x`, else None: the plain path."""
-    able = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device)[0] >= 8
+    able = x.is_cuda and x.dtype in dtypes and torch.cuda.get_device_capability(x.device)[0] >= 8
     return _triton_kernels() if (able if USE_TRITON is None else USE_TRITON) else None
 
 
@@ -556,8 +583,8 @@ def input_hessians(block, hidden, rotary):
 
     def listen(name):
         def add(layer, inputs):
-            x = inputs[0].flatten(0, -2).float()  # [N, I]
-            hessians[name] = hessians.get(name, 0) + x.t() @ x / tokens
+            x = inputs[0].flatten(0, -2)  # [N, I]
+            hessians[name] = hessians.get(name, 0) + squared(x) / tokens
         return add
 
     tokens = sum(x.shape[0] * x.shape[1] for x in hidden)
@@ -568,6 +595,14 @@ def input_hessians(block, hidden, rotary):
     for hook in hooks:
         hook.remove()
     return hessians
+
+
+def squared(x_NI):
+    """xᵀ x in float32, [I, I]."""
+    if x_NI.is_cuda and x_NI.itemsize == 2:  # products of 16-bit floats are exact in float32, and many times as fast
+        return torch.mm(x_NI.t(), x_NI, out_dtype=torch.float32)
+    x = x_NI.float()
+    return x.t() @ x
 
 
 def check_group_size(config, group_size):
