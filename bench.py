@@ -2,10 +2,12 @@
 
     python bench.py --quick                                    3 minutes on 2 cores with AVX-512, 6 without
     python bench.py --json bench.json --plot growth.png        everything
+    python bench.py --device cuda --quick --json gpu.json      other tables, 2.5 minutes on an H200
     python -m pytest tests/test_bench.py
 
 Contenders take turns (A B A B ...), so that a busy machine slows all of them; a table shows the median time, and over
 the turns the median, least and largest ratio to the first line. Weights are random: time does not depend on them.
+The tables for a GPU, on blocks and whole models of 7B, are those of `on_gpu`; without --quick GPTQ is of all 32 blocks.
 The floors beside are what the machine's own matmul rate and copy bandwidth, measured first, allow. Peers (bitsandbytes
 and peft, llama-cpp-python) take part where they are installed. What was measured is written up in BENCHMARKS.md.
 """
@@ -16,6 +18,7 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import pathlib
 import platform
@@ -23,15 +26,19 @@ import random
 import statistics
 import tempfile
 import time
+import traceback
 
+import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import quant
+import train
 from cli import Parser, new_file, run_command, written_whole
-from data import make_world, train_tokenizer
+from data import Example, make_world, train_tokenizer
 from export import write_gguf
 from int4 import prepare_inference
-from llama import CONFIGS, LINEARS, Cache, Llama, check_device, compute_dtype, linears, rotary_table
+from llama import CONFIGS, LINEARS, Cache, Llama, check_device, compute_dtype, fill, linears, rotary_table
 from nf4 import NF4Linear
 from qalora import add_adapters
 from quant import dequantize, min_max_range, nearest_codes, quantize_gptq, quantize_model
@@ -52,13 +59,31 @@ def take_turns(contenders, turns, device):
     seconds = {name: [] for name in contenders}
     for turn in range(turns + 1):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            taken = timed(run, device)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
+
+
+def timed(run, device):
+    """Seconds that a call of `run` takes, on a GPU the mean of three by its own clock."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    return gpu_seconds(run, 3)
+
+
+def gpu_seconds(run, calls=1):
+    """Seconds between a GPU's beginning and its end with `calls` calls of `run`, by the call."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def floors(facts, dtype, operations, moved):
@@ -96,10 +121,12 @@ def machine(device):
         name = f"{facts.get('model name', name)} ({', '.join(flags)})"
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.randn(512, 4096, dtype=dtype, device=device), torch.randn(4096, 4096, dtype=dtype, device=device)
+        rows, size = (512, 4096) if device == "cpu" else (8192, 8192)
+        x, w = torch.randn(rows, size, dtype=dtype, device=device), torch.randn(size, size, dtype=dtype, device=device)
         seconds = take_turns({"matmul": lambda: x @ w.t()}, 5, device)["matmul"]
-        rates[str(dtype)] = 2 * 512 * 4096 ** 2 / statistics.median(seconds)
-    source, target = torch.empty(2, 2 ** 28, dtype=torch.uint8, device=device).fill_(1)
+        rates[str(dtype)] = 2 * rows * size ** 2 / statistics.median(seconds)
+    size = 2 ** 28 if device == "cpu" else 2 ** 32  # far more than caches hold
+    source, target = torch.empty(2, size, dtype=torch.uint8, device=device).fill_(1)
     seconds = take_turns({"copy": lambda: target.copy_(source)}, 5, device)["copy"]
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "matmul": rates,
             "copy": 2 * source.nbytes / statistics.median(seconds)}
@@ -182,8 +209,8 @@ def adapted(model, layers=1, rank=RANK, replace=None):
     return add_adapters(blocks, rank, ALPHA)
 
 
-def bitsandbytes_and_peft(model, device):
-    """The adapter library's LoRA over bitsandbytes' NF4, on the model's first block; None if one is not installed."""
+def bitsandbytes_and_peft(model, device, layers=1):
+    """The adapter library's LoRA over bitsandbytes' NF4, on the model's first blocks; None if one is not installed."""
     try:
         import bitsandbytes
         import peft
@@ -196,7 +223,7 @@ def bitsandbytes_and_peft(model, device):
         new.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
         return new.to(device)
 
-    blocks = copy.deepcopy(model.model.layers[:1]).requires_grad_(False)
+    blocks = copy.deepcopy(model.model.layers[:layers]).requires_grad_(False)
     for path, layer in linears(blocks):
         blocks.set_submodule(path, nf4(layer))
     settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS))
@@ -357,6 +384,279 @@ def training(dense, quantized, facts, counts, turns, dtype, device):
     return rows
 
 
+# ---- on a GPU
+
+def once(run, device):
+    """Seconds of a single call."""
+    return gpu_seconds(run) if device == "cuda" else timed(run, device)
+
+
+def most_held(device, anew=False):
+    """The most bytes that tensors have held on the GPU; `anew`: since now, which is what they hold."""
+    if device == "cpu":
+        return None
+    if anew:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()
+
+
+def random_weights(config, dtype, device):
+    """{name: function that draws that parameter of a LLaMA}, as `open_weights` has for one on the disk."""
+    def draw(shape):
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=dtype, device=device)
+        return torch.randn(shape, dtype=dtype, device=device).mul_(0.02)
+
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+    return {name: functools.partial(draw, shape) for name, shape in shapes.items()}
+
+
+def random_model(config, dtype, device, calibration=None, packed=True):
+    """A LLaMA of random weights made block by block: packed (by GPTQ with `calibration` tokens), else dense."""
+    weights = random_weights(config, dtype, device)
+    with torch.device("meta"):
+        model = Llama(config)
+    if not packed:
+        return fill(model, weights, device=device).requires_grad_(False)
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        fill(model.get_submodule(name), weights, f"{name}.", device=device)
+    return quantize_model(model, BITS, GROUP_SIZE, calibration, weights).requires_grad_(False)
+
+
+def exactness(device):
+    """Largest errors of what a packed layer computes, as shares of the largest exact value; float64 is exact."""
+    rows = []
+    shapes = ((1, 96, 256, 32), (8, 100, 704, 64), (40, 100, 704, 64), (9, 33, 1056, 33))
+    for bits, dtype, (tokens, out, inputs, size) in itertools.product(
+            (2, 3, 4), (torch.bfloat16, torch.float16), shapes):
+        q = quant.quantize_rtn(torch.randn(out, inputs, device=device), bits, size)
+        packed = quant.pack(q.codes, bits)
+        x = torch.randn(tokens, inputs, device=device).to(dtype)
+        leaves = x.clone().requires_grad_(), q.offset.clone().requires_grad_()
+        y = quant.quant_matmul(leaves[0], packed, q.scale, leaves[1], bits)
+        gy = torch.randn_like(y)
+        gx, go = torch.autograd.grad(y, leaves, gy)
+        w = dequantize(q, torch.float64)
+        pooled = x.double().unflatten(1, (-1, size)).sum(-1)
+        exact = {"y": (y, x.double() @ w.t()), "x's gradient": (gx, gy.double() @ w),
+                 "offset's gradient": (go, gy.double().t() @ pooled)}
+        errors = {name: ((found - true).abs().max() / true.abs().max()).item()
+                  for name, (found, true) in exact.items()}
+        layer = f"{bits} bits, {dtype}, {tokens} x {inputs} -> {out}"
+        rows.append({"what": "exactness", "name": layer, **errors})
+    for name in errors:
+        worst = {kind: max(row[name] for row in rows if kind in row["name"])
+                 for kind in ("torch.bfloat16", "torch.float16")}
+        print(f"{name}: largest error over the largest value: {worst}", flush=True)
+    return rows
+
+
+def passes(blocks, config, batch, tokens, dtype, device, autocast=False):
+    """A function that goes forward and backward through `blocks` as train.py does, recomputing each block."""
+    x = torch.randn(batch, tokens, config.hidden_size, dtype=dtype, device=device).requires_grad_()
+    rotary, grad = rotary_table(config, torch.arange(tokens, device=device)), torch.randn_like(x)
+    trained = [p for p in blocks.parameters() if p.requires_grad]
+
+    def run():
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            y = x
+            for block in blocks:
+                y = checkpoint(block, y, rotary, use_reentrant=False, preserve_rng_state=False)
+        y.backward(grad)
+        for p in (x, *trained):
+            p.grad = None
+    return run
+
+
+def pass_ratios(config, facts, sizes, turns, dtype, device):
+    """Forward and backward through blocks of 7B, in turns; and the profiles of two contenders."""
+    layers = config.num_hidden_layers
+    dense, packed = (random_model(config, dtype, device, packed=packed) for packed in (False, True))
+    blocks = {
+        "dense, LoRA in bfloat16": adapted(dense, layers).to(dtype),  # the fastest a LoRA can be here
+        "dense, LoRA in float32": adapted(dense, layers),
+        "ours: 4 bits, QA-LoRA": adapted(packed, layers),
+    }
+    library = bitsandbytes_and_peft(dense, device, layers)
+    rows = []
+    for batch, tokens in sizes:
+        least = step_floors(facts, dtype, blocks["ours: 4 bits, QA-LoRA"], batch * tokens)
+        least = {name: 1.5 * value for name, value in least.items()}  # and the recomputation
+        runs = {name: passes(b, config, batch, tokens, dtype, device) for name, b in blocks.items()}
+        for autocast in (False, True):
+            name = f"bitsandbytes and peft: QLoRA{', autocast' if autocast else ''}"
+            runs[name] = library and passes(library, config, batch, tokens, dtype, device, autocast)
+        if device == "cuda":  # what is left of the ratios where launches cost nothing
+            told = ("dense, LoRA in bfloat16", "ours: 4 bits, QA-LoRA", "bitsandbytes and peft: QLoRA")
+            runs |= {f"{name}, recorded": runs[name] and recorded(runs[name]) for name in told}
+        what = f"forward, recompute, backward of a block, {batch} x {tokens} tokens"
+        for row in compare(what, runs, turns, device, {n: v / layers for n, v in least.items()}, parts=layers):
+            if "recorded" not in row["name"]:
+                row["peak bytes"] = peak_memory(runs[row["name"]], device)
+            rows.append(row)
+        del runs
+    for name in ("dense, LoRA in bfloat16", "ours: 4 bits, QA-LoRA"):
+        rows += profiled(name, passes(blocks[name], config, *sizes[1], dtype, device), device)
+    return rows
+
+
+def profiled(name, run, device, most=16):
+    """The kernels of a call of `run` that take longest; prints them."""
+    run()
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
+    with torch.profiler.profile(activities=kinds) as profile:
+        seconds = once(run, device)
+
+    def spent(e):
+        return e.self_device_time_total if device == "cuda" else e.self_cpu_time_total
+
+    events = profile.key_averages()
+    if device == "cuda":
+        events = [e for e in events if str(e.device_type).endswith("CUDA")]
+    events = sorted(events, key=spent, reverse=True)
+    total, launches = sum(map(spent, events)), sum(e.count for e in events)
+    what = f"profile of {name}"
+    print(f"\n{what}: {1e3 * seconds:.4g} ms, of which kernels {total / 1e3:.4g}, {launches} of them")
+    rows = [{"what": what, "name": "all", "milliseconds": 1e3 * seconds, "kernels": total / 1e3,
+             "calls": launches}]
+    for e in events[:most]:
+        rows.append({"what": what, "name": e.key[:90], "milliseconds": spent(e) / 1e3, "calls": e.count})
+        print(f"  {spent(e) / 1e3:9.4g} ms {e.count:5} x  {e.key[:90]}", flush=True)
+    return rows
+
+
+def gptq_on_gpu(config, blocks, windows, device, dtype):
+    """GPTQ block by block as train.py does it, of so many blocks, and of each shape of a layer alone."""
+    calibration = torch.randint(config.vocab_size, windows, device=device)
+    most_held(device, anew=True)
+    rows, short = [], dataclasses.replace(config, num_hidden_layers=blocks)
+    seconds = once(lambda: random_model(short, dtype, device, calibration), device)
+    row = {"what": f"GPTQ on {windows[0]} x {windows[1]} tokens", "name": f"{blocks} blocks",
+           "seconds": seconds, "seconds a block": seconds / blocks, "peak bytes": most_held(device)}
+    print(f"\nGPTQ of {blocks} blocks: {seconds:.1f} s; at that rate {config.num_hidden_layers} blocks take "
+          f"{seconds / blocks * config.num_hidden_layers:.0f} s", flush=True)
+    rows.append(row)
+    wide, narrow = config.intermediate_size, config.hidden_size
+    for out, inputs in ((narrow, narrow), (wide, narrow), (narrow, wide)):
+        x = torch.randn(2 * inputs, inputs, device=device)
+        hessian, w = x.t() @ x / len(x), torch.randn(out, inputs, device=device) * 0.02
+        for search in (False, True):
+            seconds = once(lambda: quantize_gptq(w, hessian, BITS, GROUP_SIZE, search), device)
+            name = f"{inputs} -> {out}, search={search}"
+            rows.append({"what": "GPTQ of a layer", "name": name, "seconds": seconds})
+            print(f"  layer {name}: {seconds:.2f} s", flush=True)
+    return rows
+
+
+def fine_tuning(model, steps, length, facts, device):
+    """train.fine_tune on `model` with random records; then merging, which must keep the bits."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, model.config.vocab_size, (64, length), dtype=np.int32)
+    examples = [Example(row, length // 4) for row in tokens]
+    model.model.checkpointing = True
+    add_adapters(model, RANK, ALPHA)
+    before = most_held(device, anew=True)  # the model, and what tables before this one have left
+    with tempfile.TemporaryDirectory() as out:
+        s = dict(out=out, steps=steps, batch_size=16, micro_batch_size=4, clip=0.3, lr=2e-5, seed=0,
+                 save_every=steps, device=device, resume=False, paged_optimizer=0, method="qalora",
+                 bits=BITS)
+        train.fine_tune(s, model, examples, [])
+        lines = (pathlib.Path(out) / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    speeds = [line["tokens_per_second"] for line in lines[steps // 4:]]
+    row = {"what": "train.py's steps", "name": f"16 x {length} tokens, micro-batches of 4",
+           "losses": [line["loss"] for line in lines], "tokens a second": statistics.median(speeds),
+           "from": min(speeds), "to": max(speeds), "bytes before": before,
+           "peak bytes": most_held(device)}
+    weights = sum(layer.in_features * layer.out_features for layer in (m.base for _, m in linears(model)))
+    weights += model.lm_head.weight.numel()
+    rate = facts["matmul"][str(torch.bfloat16)]
+    row["share of the matmul rate"] = 6 * weights * row["tokens a second"] / rate
+    model.model.checkpointing = False
+    row["bit identical"] = train.merge_and_compare(model, examples[:8], 4)
+    print(f"\n{row}", flush=True)
+    return [row]
+
+
+def recorded(run):
+    """`run` recorded as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def whole_inference(model, facts, turns, tokens, dtype, device):
+    """Decoding with a whole model, at one fixed place in the cache, and prefill, beside a dense model of its size."""
+    dense = random_model(model.config, dtype, device, packed=False)
+
+    def held(m):  # by all but the embedding, of which one row is read
+        return sum(t.nbytes for t in m.state_dict().values()) - m.model.embed_tokens.weight.nbytes
+
+    runs = {"dense": one_token(dense, dtype, device), "ours": one_token(model, dtype, device)}
+    weights = sum(p.numel() for p in dense.parameters())
+    if device == "cuda":
+        runs |= {f"{name}, recorded": recorded(run) for name, run in runs.items()}
+    rows = compare("decoding one token, whole model", runs, 3 * turns, device,
+                   floors(facts, dtype, 2 * weights, held(model)))
+    for row in rows:
+        least = 1e3 * held(dense if "dense" in row["name"] else model) / facts["copy"]
+        row["share of the bandwidth"] = least / row["milliseconds"]
+        print(f"  {row['name']}: {row['share of the bandwidth']:.1%} of the bandwidth")
+    rows += profiled("decoding one token", runs["ours"], device)
+    prompt = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    runs = {name: torch.inference_mode()(functools.partial(m, prompt))
+            for name, m in (("dense", dense), ("ours", model))}
+    weights = sum(p.numel() for p in dense.model.layers.parameters())
+    return rows + compare(f"prefill of {tokens} tokens, whole model", runs, turns, device,
+                          floors(facts, dtype, 2 * weights * tokens, held(model)))
+
+
+def on_gpu(facts, quick, write, config=CONFIGS["7b"], device="cuda", dtype=torch.bfloat16,
+           windows=(128, 2048), sizes=((1, 512), (4, 512), (4, 2048)), length=512, prompt=2048):
+    """All tables for a GPU; `write(rows)` is called after each, so that none is lost.
+
+    A table that fails is told, and the next one is begun. With `quick` GPTQ is of one block.
+    """
+    turns, steps = (3, 10) if quick else (7, 20)
+    kept = {}
+
+    def whole():
+        kept["model"] = random_model(config, dtype, device)
+        return fine_tuning(kept["model"], steps, length, facts, device)
+
+    few = dataclasses.replace(config, num_hidden_layers=min(4, config.num_hidden_layers))
+    blocks = 1 if quick else config.num_hidden_layers
+    tables = [
+        lambda: exactness(device),
+        lambda: pass_ratios(few, facts, sizes, turns, dtype, device),
+        whole,
+        lambda: whole_inference(kept["model"], facts, turns, prompt, dtype, device),
+        lambda: gptq_on_gpu(config, blocks, windows, device, dtype),
+    ]
+    rows = []
+    for table in tables:
+        start = time.perf_counter()
+        try:
+            rows += table()
+        except Exception:
+            rows.append({"what": "failed", "name": traceback.format_exc()})
+            print(rows[-1]["name"], flush=True)
+        write(rows)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        print(f"[{time.perf_counter() - start:.0f} s]", flush=True)
+    return rows
+
+
 def main():
     parser = Parser(prog="bench.py", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer turns and tokens, a smaller layer for GPTQ")
@@ -371,7 +671,16 @@ def main():
     quant.USE_COMPILER = False
     turns, dtype = 3 if args.quick else 7, compute_dtype(torch.bfloat16, args.device)
     facts = machine(args.device)
-    print(json.dumps(facts, indent=1))
+    print(json.dumps(facts, indent=1), flush=True)
+
+    def write(rows):
+        if args.json:
+            with written_whole(args.json) as beside:
+                beside.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+
+    if args.device == "cuda":
+        on_gpu(facts, args.quick, write)
+        return
     dense = Llama(WIDE).to(args.device, dtype)
     quantized = quantize_model(copy.deepcopy(dense), BITS, GROUP_SIZE)
     rows = inference(dense, quantized, facts, turns, dtype, args.device)
@@ -380,9 +689,7 @@ def main():
     rows += growth(2 if args.quick else 5, QUICK_GROWTH if args.quick else GROWTH, facts, dtype, args.device)
     if args.plot:
         plot([row for row in rows if "axis" in row], args.plot)
-    if args.json:
-        with written_whole(args.json) as beside:
-            beside.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+    write(rows)
 
 
 if __name__ == "__main__":

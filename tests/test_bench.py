@@ -109,3 +109,15 @@ def test_everything_is_measured_and_written(monkeypatch, tmp_path, capsys):
     assert all(row["ratio"] > 0 and row["from"] <= row["ratio"] <= row["to"] for row in rows if "ratio" in row)
     assert not plot or (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert "llama.cpp, Q4_1" in capsys.readouterr().out
+
+
+def test_the_tables_for_a_gpu_are_all_measured_and_written_one_by_one():
+    config = dataclasses.replace(CONFIGS["tiny"], num_hidden_layers=1)
+    facts = {"matmul": {"torch.float32": 1e9, "torch.bfloat16": 1e9}, "copy": 1e9}
+    counts = []
+    rows = bench.on_gpu(facts, True, lambda rows: counts.append(len(rows)), config, "cpu",
+                        torch.float32, (2, 64), ((1, 8), (2, 8)), 16, 8)
+    assert not [row["name"] for row in rows if row["what"] == "failed"]
+    assert len(counts) == 5 and counts == sorted(set(counts)) and counts[-1] == len(rows)
+    steps = next(row for row in rows if row["what"] == "train.py's steps")
+    assert steps["bit identical"] and len(steps["losses"]) == 10
