@@ -1,5 +1,4 @@
-"""int4.py: the layers repacked for PyTorch's int4 kernel multiply by the same weights, as exactly
-as bfloat16 can."""
+"""Layers repacked for PyTorch's int4 kernel multiply by the same weights, as exactly as bfloat16."""
 
 import copy
 import gc
