@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -171,7 +172,7 @@ def finite_steps(steps: Iterable[dict], out: pathlib.Path) -> Iterator[dict]:
 
 def check_finite(out: pathlib.Path, step: int, name: str, value: float):
     """Raises UserError, naming the last good checkpoint, for a value that is not finite."""
-    if value - value != 0:
+    if not math.isfinite(value):
         raise UserError(f"step {step}: the {name} is {value:g}; {way_back(out)}")
 
 

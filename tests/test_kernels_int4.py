@@ -1,4 +1,4 @@
-"""Layers repacked for PyTorch's int4 kernel multiply by the same weights, as exactly as bfloat16."""
+"""Layers for PyTorch's int4 kernel multiply by the same weights, in bfloat16's precision."""
 
 import copy
 import gc
