@@ -188,11 +188,10 @@ def train_adapters(
         done,
     )
 
-    def validation_loss():
-        return evals.response_loss(model, held_out, settings.micro_batch_size)
+    def loss_now():
+        return evals.response_loss(model, held_out or examples[:4], settings.micro_batch_size)
 
-    validate = validation_loss if held_out else None
-    runs.record(steps, settings, identity, model, optimizer, done, validate)
+    runs.record(steps, settings, identity, model, optimizer, done, loss_now, bool(held_out))
 
 
 def make_examples(

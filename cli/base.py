@@ -19,7 +19,7 @@ from baselines import quantize_model_nf4
 from cli.errors import UserError
 from cli.files import written_whole
 from cli.machine import compute_dtype, trim_heap
-from cli.runs import checkpoints, newest_checkpoint
+from cli.runs import checkpoints, newest_checkpoint, set_adapter_aside
 from cli.settings import Settings, config_of, save_settings
 from cli.toy import TOY_BASE, pretrain, toy_documents
 from formats.files import fill, model_files
@@ -94,9 +94,7 @@ def start_anew(settings: Settings):
     out = pathlib.Path(settings.out)
     for folder in checkpoints(out):  # renamed first: half a folder is no checkpoint
         shutil.rmtree(folder.rename(out / f".{folder.name}.unfinished"))
-    if (out / "adapter").exists():
-        shutil.rmtree(out / "previous-adapter", ignore_errors=True)
-        (out / "adapter").rename(out / "previous-adapter")
+    set_adapter_aside(out)
     save_settings(settings)
 
 

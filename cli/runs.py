@@ -121,13 +121,15 @@ def record(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     done: int,
-    validation_loss: Callable[[], float] | None,
+    loss_now: Callable[[], float],
+    validates: bool,
 ):
     """Runs the training loop `steps` to its end, or to a signal: progress, metrics, checkpoints.
 
     steps: yields a dict with step, loss, grad_norm and tokens after every optimizer step.
     identity: what else a resumed run must share (the base and the examples).
-    done: the steps that were done before. validation_loss: called before a checkpoint is saved.
+    done: the steps that were done before. loss_now: called before a checkpoint is saved, so that
+    none is of a model that has diverged. validates: its value is the validation loss.
     Raises UserError, naming the last good checkpoint, when a number is not finite.
     """
     out = pathlib.Path(settings.out)
@@ -146,9 +148,12 @@ def record(
             line |= {"lr": settings.lr, "tokens_per_second": round(speed, 1)}
             last, stop = step == settings.steps, in_any_process(signals, settings.device)
             save = step % settings.save_every == 0 or last or stop
-            if save and validation_loss and not stop:
-                line["validation_loss"] = validation_loss()
-                check_finite(out, step, "validation loss", line["validation_loss"])
+            if save and not stop:
+                name = "validation_loss" if validates else "loss"
+                value = loss_now()
+                check_finite(out, step, f"{name.replace('_', ' ')} after it", value)
+                if validates:
+                    line[name] = value
             write_metrics(line)  # before the checkpoint: resuming cuts lines off, never adds one
             if save:
                 save_checkpoint(settings, identity, step, model, optimizer)
@@ -306,7 +311,16 @@ def load_checkpoint(settings: Settings, model: nn.Module, optimizer: torch.optim
         ) from e
     if settings.paged_optimizer:
         page_again(optimizer)
+    if step < settings.steps and machine.RANK == 0:  # a finished run goes on: it is no longer
+        set_adapter_aside(pathlib.Path(settings.out))
     return step
+
+
+def set_adapter_aside(out: pathlib.Path):
+    """Renames the result of the run before to previous-adapter/, whose place it takes."""
+    if (out / "adapter").exists():
+        shutil.rmtree(out / "previous-adapter", ignore_errors=True)
+        (out / "adapter").rename(out / "previous-adapter")
 
 
 def page_again(optimizer: torch.optim.Optimizer):
@@ -321,7 +335,8 @@ def check_same_run(settings: Settings, identity: dict):
     folder = newest_checkpoint(pathlib.Path(settings.out))
     if folder is None:
         return
-    before = read_json(folder / "settings.json")
+    file = folder / "settings.json"
+    before = read_json(file) if file.exists() else {}
     places = {"base": f"{settings.out}/base", "examples": f"--data {settings.data}"}
     for name, value in lasting(settings, identity).items():
         if name not in before:

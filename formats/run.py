@@ -4,6 +4,7 @@ import functools
 import hashlib
 import pathlib
 import shutil
+from shlex import quote
 
 import torch
 
@@ -71,7 +72,8 @@ def load_run(
     base = run / "base"
     if not (run / "adapter").is_dir():
         raise UserError(
-            f"{run} has no finished adapter yet; go on with train.py --resume --out {run}"
+            f"{run} has no finished adapter yet; go on with: python train.py --resume --out "
+            f"{quote(str(run))}"
         )
     if not base.is_dir():
         raise UserError(
@@ -94,6 +96,8 @@ def check_tokenizer_of_run(base: pathlib.Path):
     record, tokenizer = base / "made_from.json", base / "tokenizer.model"
     if not record.exists():
         return
+    if not tokenizer.exists():
+        raise UserError(f"{tokenizer} is missing; copy the run's tokenizer.model there again")
     found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     if found != read_json(record).get("tokenizer"):
         raise UserError(

@@ -1,5 +1,6 @@
 """A run survives being killed, stopped and resumed, and never mixes with another."""
 
+import json
 import os
 import resource
 import shlex
@@ -14,6 +15,7 @@ import torch
 # PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
 import torch._dynamo
 from helpers_runs import (
+    RECORDS,
     adapter,
     fork,
     metrics,
@@ -27,6 +29,8 @@ from hypothesis import given, settings
 
 import train
 from cli import base, report, runs
+from cli.errors import UserError
+from formats import load_model
 from formats.adapter import save_adapter
 
 
@@ -244,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     explode = options(world, out, lr=1e30, save_every=1)
     text = run(tmp_path / "log", explode, status=2)
     assert (
-        "step 1: the validation loss is nan" in text
+        "step 1: the validation loss after it is nan" in text
         and "--lr" in text
         and "there is no good checkpoint" in text
     )
@@ -328,3 +332,32 @@ def test_an_unfinished_run_is_not_thrown_away(world, tmp_path, monkeypatch):
         "unfinished run" in message and f"remove {out}/step-6" in message and "--resume" in message
     )
     assert (out / "step-6").exists()
+
+
+def test_a_model_that_diverged_in_its_last_step_is_never_saved(world, tmp_path):
+    (tmp_path / "five.json").write_text(json.dumps(RECORDS[:5]))  # too few to validate on
+    words = options(world, tmp_path / "run", data=tmp_path / "five.json", lr=1e30, steps=1)
+    text = run(tmp_path / "log", words, status=2)
+    assert "step 1: the loss after it is nan" in text and "lower --lr" in text
+    assert not list((tmp_path / "run").glob("step-*")) and not (tmp_path / "run/adapter").exists()
+
+
+def test_a_finished_run_that_goes_on_is_not_taken_for_finished(world, whole, tmp_path, monkeypatch):
+    out = shutil.copytree(whole, tmp_path / "run")
+    save = runs.save_checkpoint
+
+    def saved(settings, identity, step, *rest):
+        save(settings, identity, step, *rest)
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(runs, "save_checkpoint", saved)
+    words = ["--resume", "--out", str(out), "--steps", "10"]
+    run(tmp_path / "log", words, status=-signal.SIGKILL)
+    monkeypatch.undo()
+    assert (out / "previous-adapter" / "adapter.safetensors").read_bytes() == adapter(whole)
+    with pytest.raises(UserError, match="no finished adapter yet"):
+        load_model(out)
+    assert "holds an unfinished run" in refusal(monkeypatch, *options(world, out))
+    run(tmp_path / "log", ["--resume", "--out", str(out)])
+    assert len(metrics(out)) == 10 and load_model(out)
