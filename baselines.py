@@ -126,9 +126,8 @@ def dequantize_nf4(quantized: NF4, shape: torch.Size, dtype: torch.dtype = torch
     codes = packed.view(-1, BLOCK // 2)
     for start in range(0, len(scale), at_a_time):
         rows = slice(start, start + at_a_time)
-        values = nn.functional.embedding(
-            codes[rows].int(), pairs
-        )  # [., 32, 2]; 2x faster than [...]
+        # [., 32, 2]; embedding is 1.7x faster than indexing (one CPU thread)
+        values = nn.functional.embedding(codes[rows].int(), pairs)
         w[rows] = values.flatten(1).mul_(scale[rows].unsqueeze(1))
     return w.view(-1)[: shape.numel()].view(shape)
 
