@@ -265,10 +265,8 @@ def best_range(w_gO: Tensor, importance_g: Tensor, bits: int) -> tuple[Tensor, T
     x_gO = (w_gO - low) / torch.where(high == low, 1, high - low)  # from 0 to 1
     cut = torch.zeros(2, w_gO.shape[1], device=w_gO.device)
     least = torch.full_like(low, torch.inf)
-    scratch = (
-        torch.empty_like(x_gO),
-        torch.empty_like(x_gO),
-    )  # allocating takes longer than the sums
+    # Allocated once, as allocating takes longer than the sums
+    scratch = torch.empty_like(x_gO), torch.empty_like(x_gO)
     for step, reach in ((0.1, torch.arange(5)), (0.05, torch.arange(-1, 2))):
         trials = cut + step * torch.cartesian_prod(reach, reach).unsqueeze(-1).to(cut)
         if w_gO.is_cuda:
