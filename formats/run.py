@@ -25,8 +25,17 @@ def matches(path: pathlib.Path) -> bool:
 
 
 def format_of_base(path: pathlib.Path):
-    """The module that reads a run's base: ours, unless the run is LoRA beside a float model."""
-    return quantized if quantized.matches(path / "base") else huggingface
+    """The module that reads a run's base: ours, unless the run is LoRA beside a float model.
+
+    Raises UserError where there is no base.
+    """
+    base = path / "base"
+    if not (base / "config.json").exists():
+        raise UserError(
+            f"{base}, the model that the adapter was trained over, is missing or has no "
+            "config.json; copy it there again"
+        )
+    return quantized if quantized.matches(base) else huggingface
 
 
 def read_config(path: pathlib.Path) -> LlamaConfig:
@@ -74,10 +83,6 @@ def load_run(
         raise UserError(
             f"{run} has no finished adapter yet; go on with: python train.py --resume --out "
             f"{quote(str(run))}"
-        )
-    if not base.is_dir():
-        raise UserError(
-            f"{base}, the model that the adapter was trained over, is missing; copy it there again"
         )
     model = format_of_base(run).load_model(base, dtype, device)
     settings = load_adapter(model, run / "adapter")

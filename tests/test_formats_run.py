@@ -153,7 +153,7 @@ def test_what_other_programs_leave_in_a_base_does_not_make_it_another(run):
         (the_weights_of_another_base, "trained over the base"),
         (lambda run: (run / "base" / "model.safetensors").unlink(), "base/model.safetensors"),
         (lambda run: cut(run / "base" / "model.safetensors"), "base/model.safetensors"),
-        (lambda run: (run / "base" / "config.json").unlink(), "base"),
+        (lambda run: (run / "base" / "config.json").unlink(), "is missing or has no config.json"),
         (lambda run: (run / "base" / "config.json").write_text("[]"), "base/config.json"),
         (lambda run: (run / "base" / "tokenizer.model").unlink(), "base/tokenizer.model"),
         (lambda run: cut(run / "base" / "tokenizer.model"), "base/tokenizer.model"),
