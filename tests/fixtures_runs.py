@@ -7,7 +7,6 @@ import shutil
 import pytest
 from helpers_runs import ENGLISH, NOUNS, RECORDS, options, run, save_random
 
-# PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
 from text.instructions import alpaca_prompt
 from text.tokenizer import train_tokenizer
 
