@@ -75,7 +75,7 @@ def small(words):
 
 
 @pytest.fixture
-def place(world, whole, material, tmp_path, monkeypatch):
+def place(world, whole, tmp_path, monkeypatch):
     """A folder with everything that the pages name: DIR, alpaca.json, model.Q4_1.gguf and more."""
     pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
     monkeypatch.chdir(tmp_path)
@@ -130,14 +130,39 @@ def test_every_shell_block_is_run_or_marked_and_what_ci_types_is_in_the_readme()
         assert line.partition("#")[0].strip() in typed, line
 
 
-def test_slow_commands_have_options_that_exist(monkeypatch):
+class Parsed(Exception):
+    """Raised where a slow command would begin to work: its options were accepted."""
+
+
+def test_slow_commands_have_options_that_exist(tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise Parsed
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "compare", stop)
     slow = []
     for page in PAGES:
         slow += commands(page, "slow")
     assert slow
     for words in slow:
-        assert words[:2] == ["python", "compare.py"] and words[2:] in ([], ["--quick"])
-    option_parser("").parse_args(["--resume", "--out", "runs/7b"])  # as the pages' text says
+        assert words[:2] == ["python", "compare.py"], words
+        monkeypatch.setattr("sys.argv", words[1:])
+        with pytest.raises(Parsed):
+            compare.main()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_train_py_has_the_options_that_the_text_names(page):
+    """Commands inside sentences are not run; only their options are parsed."""
+    for code in re.findall(r"`([^`\n]+)`", page.read_text()):
+        if "train.py " in code and "--help" not in code:
+            options = code.partition("train.py ")[2].removesuffix("...")
+            option_parser("").parse_args(shlex.split(options))
+
+
+def test_the_picture_is_what_its_script_draws():
+    picture = runpy.run_path(str(ROOT / "docs" / "draw_picture.py"))["picture"]
+    assert picture() == (ROOT / "docs" / "qalora.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "BENCHMARKS.md"], ids=lambda page: page.name)
