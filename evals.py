@@ -333,7 +333,7 @@ def load(folder: str | pathlib.Path, device: str) -> tuple[Llama, SentencePieceP
     """
     check_device(device)
     if not pathlib.Path(folder).is_dir():
-        raise UserError(f"{folder} is no folder; name a folder with a model or a run")
+        raise UserError(f"{folder} is no folder; name a folder with a model and its tokenizer")
     model, tokenizer = formats.load_model(folder, device=device), load_tokenizer(folder)
     pieces, rows = tokenizer.vocab_size(), model.config.vocab_size
     if pieces > rows:

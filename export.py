@@ -14,7 +14,8 @@ import torch
 import formats
 from cli.errors import Parser, UserError, run_command
 from cli.files import check_new, new_file, written_whole
-from formats.gguf import REST, gguf_package, write_back, write_gguf
+from formats.files import GGUF_REST
+from formats.gguf import gguf_package, write_back, write_gguf
 from formats.q4_1 import offset_rounding, quantized_layers
 from text.tokenizer import load_tokenizer
 
@@ -25,10 +26,12 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
     embeddings: "f16" (the default) or "f32". Raises UserError for a model that Q4_1 cannot hold.
     """
     gguf_package()
+    if folder.is_file():
+        raise UserError(f"{folder} is no folder; name a folder with a model or a run")
     model = formats.load_model(folder)
     layer = next(iter(quantized_layers(model).values()))
     largest, mean = offset_rounding(model)
-    rests = (folder / REST, folder / "base" / REST)
+    rests = (folder / GGUF_REST, folder / "base" / GGUF_REST)
     rest = next((file for file in rests if file.exists()), None)
     if rest and embeddings:
         raise UserError(

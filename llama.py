@@ -1,6 +1,6 @@
 """The LLaMA model: its forward pass, its key-value cache, and generation. Plain PyTorch, in float.
 
-Nothing here knows of quantization, adapters or files. Parameters bear the names of Hugging Face
+Nothing here knows of quantization, adapters or files. Parameters have the names of Hugging Face
 checkpoints, so loading one is a lookup (`formats/` does it). Left out: rope scaling, biases,
 sliding windows and all else that LLaMA-1 and LLaMA-2 lack; a checkpoint that needs one is refused
 by name.
@@ -67,7 +67,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def rotary_table(config: LlamaConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [T, K/2] in float32: position times one frequency for each pair of channels.
 
-    RoFormer (Su et al., 2021), equation 15. Computed anew in every forward pass, which is cheap; a
+    RoFormer (Su et al., 2021), equation 15. Computed again in every forward pass, which is cheap; a
     stored table would be rounded by `model.to(bfloat16)`.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions_T.device)

@@ -10,9 +10,10 @@ import pathlib
 
 from torch import nn
 
+from baselines import LoRALinear
 from cli.errors import Parser, UserError, run_command
 from cli.files import check_new
-from qalora import LoRALinear, QALoRALinear
+from qalora import QALoRALinear
 
 
 def merge(module: nn.Module) -> nn.Module:
@@ -28,7 +29,7 @@ def merge(module: nn.Module) -> nn.Module:
         raise UserError("there is no adapter to merge")
     dtype = next(module.parameters()).dtype
     for name, layer in layers:
-        merged = layer.merged().to(dtype)  # changes a baseline's float layer, never a QuantLinear
+        merged = layer.merged().to(dtype)  # a QuantLinear ignores the dtype
         module.set_submodule(name, merged)
     return module
 

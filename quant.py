@@ -103,7 +103,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
 def quantize_rtn(w_OI: Tensor, bits: int, group_size: int) -> Quantized:
     """Rounds each weight to the nearest of 2^bits levels between its group's least and greatest.
 
-    w_OI: [O, I] of any floating dtype. A constant group gets scale 0 and is exact; no other does.
+    w_OI: [O, I] of any floating dtype. Only a constant group gets scale 0; it is exact.
     Raises UserError when `group_size` does not divide I, or when a group's range is not finite or
     too wide for a float16 scale.
     """

@@ -32,8 +32,8 @@ def text_stream(tokenizer: SentencePieceProcessor, write: Callable[[str], None])
     """A function that takes new tokens and gives `write` the text they add, once it is certain.
 
     A token has no text of its own: the space before a text's first word is dropped, and a character
-    that is not in the vocabulary comes byte by byte. So all tokens are decoded anew each time. Half
-    a character is held back until it is whole, or until `last=True` says that nothing more comes.
+    that is not in the vocabulary comes byte by byte. So all tokens are decoded every time. Half a
+    character is held back until it is whole, or until `last=True` says that nothing more comes.
     """
     tokens, written = [], ""
 

@@ -120,7 +120,7 @@ def run(settings: Settings):
     is_first = machine.RANK == 0
     world = None if settings.data else make_world()
     records, form = (world.train, "toy world") if world else read_records(settings.data)
-    if settings.weights:  # bad data shall be found before anything slow is done
+    if settings.weights:  # so that bad data is found before anything slow
         tokenizer = load_tokenizer(settings.tokenizer or settings.weights)
         train, held_out = make_examples(settings, records, form, tokenizer)
     else:

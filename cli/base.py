@@ -53,14 +53,14 @@ def prepare(settings: Settings, world: World | None, records: list[Record]):
     remove_leftovers(out)
     finished = (out / "adapter").exists()
     if not (settings.resume or finished):  # now, so that --resume works if what follows is cut off
-        start_anew(settings)
+        start_over(settings)
     if needs_pretraining:
         pretrain(make_world(), TOY_BASE)
         made = base_is_made(settings)  # the same seed makes the same model
     if not made:
         make_base(settings, texts)
     if finished and not settings.resume:  # a finished run stays until the new base is there
-        start_anew(settings)
+        start_over(settings)
 
 
 def check_unfinished(settings: Settings, out: pathlib.Path):
@@ -76,7 +76,7 @@ def check_unfinished(settings: Settings, out: pathlib.Path):
     if settings.weights and not (finished or settings.resume or settings.fresh):
         raise UserError(
             f"{out} holds an unfinished run: go on with --resume, or remove {newest} to start "
-            "anew, or choose another --out"
+            "over, or choose another --out"
         )
 
 
@@ -89,7 +89,7 @@ def remove_leftovers(out: pathlib.Path):
             leftover.unlink()
 
 
-def start_anew(settings: Settings):
+def start_over(settings: Settings):
     """Clears an earlier run away, but keeps its adapter as previous-adapter/; writes run.json."""
     out = pathlib.Path(settings.out)
     for folder in checkpoints(out):  # renamed first: half a folder is no checkpoint
@@ -152,7 +152,7 @@ def base_is_made(settings: Settings) -> bool:
             f"{out}/base was made, so the run cannot go on; put the old files back, or remove "
             f"{out}/step-* and start without --resume"
         )
-    print(f"base: {out}/base was made from other weights or in another way; making it anew")
+    print(f"base: {out}/base was made from other weights or in another way; making it again")
     return False
 
 
@@ -268,8 +268,9 @@ def base_bytes(settings: Settings, model: Llama) -> float:
     """About how large base/ becomes."""
     source = source_of(settings)
     if settings.weights and source.is_dir():
-        copied = settings.method == "lora" or formats.quantization_of(source) is not None
-        if copied:
+        is_float = formats.quantization_of(source) is None
+        is_run = formats.format_of(source) is formats.run  # merged, its weights may be larger
+        if not is_float or (settings.method == "lora" and not is_run):
             return sum(file.stat().st_size for file in model_files(source))
     block_weights = sum(p.numel() for p in model.model.layers.parameters())
     other_weights = sum(p.numel() for p in model.parameters()) - block_weights

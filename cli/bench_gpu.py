@@ -202,7 +202,7 @@ def profiled(name: str, run: Callable, device: str, most: int = 16):
 def gptq_on_gpu(config: LlamaConfig, blocks: int, windows: tuple, device: str, dtype: torch.dtype):
     """GPTQ of so many blocks, as train.py does it, and of each shape of a layer alone."""
     calibration = torch.randint(config.vocab_size, windows, device=device)
-    most_held(device, anew=True)
+    most_held(device, reset=True)
     rows, short = [], dataclasses.replace(config, num_hidden_layers=blocks)
     make = functools.partial(random_model, short, dtype, device, calibration)
     seconds = once(make, device)
@@ -237,7 +237,7 @@ def fine_tuning(model: nn.Module, steps: int, length: int, facts: dict, device: 
     examples = [Example(row, length // 4) for row in tokens]
     model.model.checkpointing = True
     add_adapters(model, RANK, ALPHA)
-    before = most_held(device, anew=True)  # the model, and what tables before this one have left
+    before = most_held(device, reset=True)  # the model, and what tables before this one have left
     optimizer = train.adamw(list(adapter_parameters(model).values()), 2e-5, paged=False)
     recipe = dict(steps=steps, batch_size=16, micro_batch_size=4, clip=0.3, seed=0)
     lines, speeds, start = [], [], time.perf_counter()

@@ -155,17 +155,17 @@ def peak_memory(run: Callable, device: str):
         return 1024 * int(found.split()[1])
 
     trim_heap()  # what was freed then counts when it is used again
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     run()
     return status("VmHWM") - before
 
 
-def most_held(device: str, anew: bool = False):
-    """The most bytes that tensors have held on the GPU; `anew` begins to count anew."""
+def most_held(device: str, reset: bool = False):
+    """The most bytes that tensors have held on the GPU; `reset` forgets what was held before."""
     if device == "cpu":
         return None
-    if anew:
+    if reset:
         torch.cuda.reset_peak_memory_stats()
     return torch.cuda.max_memory_allocated()
 

@@ -148,12 +148,12 @@ def record(
             line |= {"lr": settings.lr, "tokens_per_second": round(speed, 1)}
             last, stop = step == settings.steps, in_any_process(signals, settings.device)
             save = step % settings.save_every == 0 or last or stop
-            if save and not stop:
-                name = "validation_loss" if validates else "loss"
+            if save:
                 value = loss_now()
-                check_finite(out, step, f"{name.replace('_', ' ')} after it", value)
-                if validates:
-                    line[name] = value
+                label = "validation loss" if validates else "loss"
+                check_finite(out, step, f"{label} after this step", value)
+                if validates and not stop:
+                    line["validation_loss"] = value
             write_metrics(line)  # before the checkpoint: resuming cuts lines off, never adds one
             if save:
                 save_checkpoint(settings, identity, step, model, optimizer)
@@ -185,8 +185,8 @@ def way_back(out: pathlib.Path) -> str:
     """What to do when training has diverged."""
     good = newest_checkpoint(out)
     if good is None:
-        return "there is no good checkpoint; start anew with a lower --lr"
-    return f"the last good checkpoint is {good}; remove it to start anew with a lower --lr"
+        return "there is no good checkpoint; start over with a lower --lr"
+    return f"the last good checkpoint is {good}; remove it to start over with a lower --lr"
 
 
 def show(bar: tqdm, line: dict, device: str):
@@ -220,7 +220,7 @@ def stopped_by_signals() -> Iterator[list]:
 
 
 def in_any_process(signals: list, device: str) -> bool:
-    """Whether any process has received a signal. They get it at other moments but stop together."""
+    """Whether any process has received a signal, so that all stop after the same step."""
     if not dist.is_initialized():
         return bool(signals)
     received = torch.tensor(len(signals), device=device)
@@ -311,13 +311,13 @@ def load_checkpoint(settings: Settings, model: nn.Module, optimizer: torch.optim
         ) from e
     if settings.paged_optimizer:
         page_again(optimizer)
-    if step < settings.steps and machine.RANK == 0:  # a finished run goes on: it is no longer
+    if step < settings.steps and machine.RANK == 0:  # it is no longer finished
         set_adapter_aside(pathlib.Path(settings.out))
     return step
 
 
 def set_adapter_aside(out: pathlib.Path):
-    """Renames the result of the run before to previous-adapter/, whose place it takes."""
+    """Renames the result of the run before to previous-adapter/, replacing an older one."""
     if (out / "adapter").exists():
         shutil.rmtree(out / "previous-adapter", ignore_errors=True)
         (out / "adapter").rename(out / "previous-adapter")

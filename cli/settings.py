@@ -141,7 +141,9 @@ def read_settings(description: str) -> Settings:
             raise UserError(f"{option(name)} is empty; give it a value or leave it out")
     this_start = {name: given.pop(name) for name in THIS_START}
     if this_start["resume"] and this_start["fresh"]:
-        raise UserError("--resume goes on with what --fresh would make anew; leave out one of them")
+        raise UserError(
+            "--resume goes on with what --fresh would make again; leave out one of them"
+        )
     if this_start["plot"]:
         require_matplotlib()
     values = resumed(given, parser) if this_start["resume"] else {**recipe(given), **given}
@@ -235,10 +237,11 @@ def resumed(given: dict, parser: Parser) -> dict:
         )
     try:
         values = read_json(path)
-        needed = {name for name, value in recipe({"model": "tiny"}).items() if value is not None}
-        missing = [name for name in sorted(needed - {"model"}) if values.get(name) is None]
-        if missing:
-            raise ValueError(f"it lacks {missing[0]}")
+        may_be_null = ("model", "weights", "tokenizer", "data", "calibration")
+        for field in dataclasses.fields(Settings):
+            null = values.get(field.name) is None and field.name not in may_be_null
+            if field.name not in THIS_START and (field.name not in values or null):
+                raise ValueError(f"it lacks {field.name}")
         words = [f"{option(name)}={v}" for name, v in values.items() if v is not None]
         values |= typed(parser.parse_args(words))
         for name in THIS_START:
@@ -287,6 +290,7 @@ def check(settings: Settings):
     if settings.method == "qalora":
         check_group_size(config, settings.group_size)
     if settings.weights:
+        check_not_inside(settings)
         check_quantized_weights(settings)
     check_targets(settings.targets.split(","))
     if settings.weights and not settings.data:
@@ -305,6 +309,17 @@ def check(settings: Settings):
     take_device(settings.device)
     check_tokenizer(settings, config)
     check_writable(pathlib.Path(settings.out))
+
+
+def check_not_inside(settings: Settings):
+    """Raises UserError when the run would be written over the weights that it starts from."""
+    weights, out = pathlib.Path(settings.weights).resolve(), pathlib.Path(settings.out).resolve()
+    made = (out / "base", out / "merged")
+    if weights == out or any(weights.is_relative_to(folder) for folder in made):
+        raise UserError(
+            f"--out {settings.out} would overwrite the weights that it starts from; "
+            "choose another --out"
+        )
 
 
 def check_size(settings: Settings, config: LlamaConfig):

@@ -1,6 +1,6 @@
 """Model files in and out: `load_model(path)` takes whatever is at `path`.
 
-A format is a module in this folder and a name in FORMATS; nobody else learns of it. It has
+A format is a module in this folder and a name in FORMATS; a command learns of it there. It has
 
     matches(path)           whether `path` is in this format
     read_config(path)       its LlamaConfig
@@ -51,8 +51,8 @@ def format_of(path: str | pathlib.Path) -> ModuleType:
         if module.matches(path):
             return module
     raise UserError(
-        f"{path}: found neither config.json (Hugging Face) nor params.json (Meta); name a folder "
-        "with LLaMA weights"
+        f"{path}: found neither config.json (Hugging Face) nor params.json (Meta), and it is no "
+        "GGUF file; name a folder with LLaMA weights"
     )
 
 
@@ -101,7 +101,7 @@ def load_model(
     """
     path = pathlib.Path(path)
     if not path.exists():
-        raise UserError(f"{path} is no folder; name a folder with a model or a run")
+        raise UserError(f"there is no {path}; name a model or a run")
     return format_of(path).load_model(path, dtype, device)
 
 

@@ -8,10 +8,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from baselines import LoRALinear
 from cli.errors import UserError
 from cli.files import read_json, written_whole
 from llama import LINEARS
-from qalora import LoRALinear, QALoRALinear, adapter_parameters, add_adapters
+from qalora import QALoRALinear, adapter_parameters, add_adapters
 
 
 def save_adapter(model: nn.Module, folder: str | pathlib.Path, **origin):

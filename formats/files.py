@@ -22,6 +22,8 @@ from cli.errors import UserError
 from cli.files import written_whole
 from llama import Llama, LlamaConfig
 
+GGUF_REST = "gguf.safetensors"  # all of a GGUF file but its linear layers, beside a base of it
+
 
 class Stored(NamedTuple):
     """One tensor in one file: where it is, its shape, and a function that reads it."""
@@ -47,7 +49,7 @@ def open_file(path: pathlib.Path) -> dict[str, Stored]:
     except Exception as e:  # a broken file can raise anything: the parsers are not ours
         raise UserError(
             f"{path}: not a file of weights, or truncated or corrupt ({type(e).__name__}); "
-            "fetch it again, or save it anew as safetensors"
+            "fetch it again, or save it as safetensors"
         ) from None
     return found
 
@@ -121,7 +123,7 @@ def fingerprint(path: str | pathlib.Path) -> str:
 
 
 def checked_config(path: pathlib.Path, fields: dict) -> LlamaConfig:
-    """A LlamaConfig of the fields that bear its names; UserError for missing or senseless ones."""
+    """A LlamaConfig of the fields with its names; UserError for missing or invalid ones."""
     values = {}
     for field in dataclasses.fields(LlamaConfig):
         value = values[field.name] = fields.get(field.name, field.default)
@@ -196,7 +198,7 @@ def load_tensors(model: Llama, file: pathlib.Path, dtype: torch.dtype | None, de
     """Gives a model on the meta device the tensors in `file`, which must be just its own.
 
     dtype: what embedding, norms and head are cast to. Raises UserError when a tensor is missing,
-    superfluous, of another shape or dtype, or not finite.
+    unknown, of another shape or dtype, or not finite.
     """
     tensors = {name: stored.read() for name, stored in open_file(file).items()}
     for name, tensor in tensors.items():

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cli.errors import UserError
 from cli.files import written_whole
-from formats.files import checked_config, fill, open_file
+from formats.files import GGUF_REST, checked_config, fill, open_file
 from formats.q4_1 import from_q4_1, quantized_layers, rotary_heads, to_q4_1, vocabulary
 from formats.quantized import save_quantized
 from llama import LINEARS, Llama, LlamaConfig
@@ -135,7 +135,7 @@ def import_base(path: pathlib.Path, folder: pathlib.Path):
     reader, _, tensors = open_gguf(path)
     save_quantized(load_model(path), folder)
     others = [t for name, t in tensors.items() if name.split(".")[-2] not in LINEARS]
-    save_rest(reader, others, folder / REST)
+    save_rest(reader, others, folder / GGUF_REST)
 
 
 def check_tokenizer(path: pathlib.Path, tokenizer: SentencePieceProcessor):
@@ -246,7 +246,7 @@ def check_places(path: pathlib.Path, reader: Any):
 def check_tensor(path: pathlib.Path, tensor: Any, shape: tuple, is_linear: bool):
     """Raises UserError unless a tensor has `shape` and can be read; linear layers must be Q4_1."""
     gguf, kind = gguf_package(), tensor.tensor_type
-    remedy = "make the file anew with llama-quantize MODEL.gguf OUT.gguf Q4_1"
+    remedy = "make the file again with llama-quantize MODEL.gguf OUT.gguf Q4_1"
     found = tensor.shape.tolist()[::-1]
     if tuple(found) != shape:
         raise UserError(
@@ -266,7 +266,7 @@ def check_tensor(path: pathlib.Path, tensor: Any, shape: tuple, is_linear: bool)
 
 
 def gguf_config(path: pathlib.Path, metadata: dict, tied: bool) -> LlamaConfig:
-    """The LlamaConfig in a file's metadata; UserError for what is missing, senseless or unknown."""
+    """The LlamaConfig in a file's metadata; UserError for what is missing, invalid or unknown."""
     given = {}
     for key, value in metadata.items():
         if key.startswith("llama."):
@@ -411,8 +411,6 @@ def write_tensors(path: pathlib.Path, start: int, places: list[tuple[int, Callab
 
 # ---- writing back into the file that a model came from
 
-REST = "gguf.safetensors"  # beside a base made of a GGUF file: all of it but the linear layers
-
 
 def save_rest(reader: Any, others: list, path: pathlib.Path):
     """Keeps what `write_back` needs: header, the bytes of `others`, and where each tensor lies."""
@@ -435,7 +433,7 @@ def write_back(model: Llama, rest: pathlib.Path, path: pathlib.Path):
         layout = file.metadata() or {}
     if "header" not in kept or not {"places", "size"} <= layout.keys():
         raise UserError(
-            f"{rest} is not what import_base wrote; import the GGUF file again with "
+            f"{rest} is damaged, or was not written by train.py; import the GGUF file again with "
             "train.py --fresh"
         )
     path.write_bytes(kept["header"].read().numpy())

@@ -30,7 +30,7 @@ PLAIN = {
 
 
 def matches(path: pathlib.Path) -> bool:
-    """Whether `path` is a folder with a config.json that names no quantization of ours."""
+    """Whether `path` is a folder with a config.json; `quantized` is asked before this."""
     return (path / "config.json").exists()
 
 

@@ -15,7 +15,7 @@ from baselines import NF4Linear
 from cli.errors import UserError
 from cli.files import read_json, written_whole
 from formats import huggingface
-from formats.files import load_tensors, write_config
+from formats.files import GGUF_REST, load_tensors, write_config
 from llama import Llama, LlamaConfig, linears
 from quant import check_group_size, quantized_skeleton
 
@@ -29,7 +29,7 @@ def matches(path: pathlib.Path) -> bool:
 
 
 def quantization_of(path: pathlib.Path) -> dict:
-    """The `quantization` entry of config.json; UserError where bits or group size are senseless."""
+    """The `quantization` entry of config.json; UserError where bits or group size are invalid."""
     file = path / "config.json"
     quantization = read_json(file)["quantization"]
     if not isinstance(quantization, dict):
@@ -71,7 +71,7 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
     """The Llama of a folder; on the CPU its tensors stay memory-mapped files.
 
     dtype: what embedding, norms and head are cast to. Raises UserError when a tensor is missing,
-    superfluous or of another shape.
+    unknown or of another shape.
     """
     return load_tensors(skeleton(path), path / "model.safetensors", dtype, device)
 
@@ -113,6 +113,6 @@ def save_quantized(
 
 def import_base(path: pathlib.Path, folder: pathlib.Path):
     """Copies a model into `folder` to be fine-tuned, without its tokenizer."""
-    for name in ("model.safetensors", "config.json", "gguf.safetensors"):  # the last if it has one
+    for name in ("model.safetensors", "config.json", GGUF_REST):  # the last if it has one
         if (path / name).exists():
             shutil.copyfile(path / name, folder / name)

@@ -12,7 +12,7 @@ from cli.errors import UserError
 from cli.files import read_json, written_whole
 from formats import huggingface, quantized
 from formats.adapter import load_adapter
-from formats.files import fingerprint
+from formats.files import GGUF_REST, fingerprint
 from llama import Llama, LlamaConfig
 from merge import merge
 from quant import QuantLinear
@@ -127,6 +127,6 @@ def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path):
 
 def copy_gguf_rest(base: pathlib.Path, folder: pathlib.Path):
     """Copies what export.py writes back into the GGUF file that a base was made of, if it was."""
-    kept = base / "gguf.safetensors"
+    kept = base / GGUF_REST
     if kept.exists():
         shutil.copyfile(kept, folder / kept.name)

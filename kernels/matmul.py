@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import compiled
 
-DENSE_AT_A_TIME = 2**24  # bytes; less is slower a weight, and glibc maps 32 MB anew each time
+DENSE_AT_A_TIME = 2**24  # bytes; less is slower a weight, and glibc maps 32 MB afresh each time
 IN_CACHE = 2**20  # weights: 4 MB in float32 and 1 MB of codes
 FEW_TOKENS = 8  # up to here, by count, unpacking for each token costs less than unpacking once
 COMPILE_AFTER = 2**34  # weights; dequantizing them takes some seconds, as compiling does
@@ -119,10 +119,10 @@ def dense_piece(
 def compiler_wanted(weights: int, device: torch.device) -> bool:
     """Whether to compile by now; counts the weights that are dequantized."""
     global dequantized
-    if weights >= 2**18:  # in small matrices it is not the passes that take the time
-        dequantized += weights
     if device.type != "cpu":
         return False
+    if weights >= 2**18:  # in small matrices it is not the passes that take the time
+        dequantized += weights
     return dequantized > COMPILE_AFTER if USE_COMPILER is None else USE_COMPILER
 
 
@@ -156,7 +156,7 @@ def pool(x_NI: Tensor, groups: int) -> Tensor:
 
 
 def triton_for(x: Tensor, dtypes: tuple = (torch.bfloat16, torch.float16)) -> ModuleType | None:
-    """`kernels.triton_kernels` where it shall and can compute with tensors like `x`, else None."""
+    """`kernels.triton_kernels` where it is wanted and can compute with `x`, else None."""
     wanted = USE_TRITON
     if wanted is None:
         wanted = x.is_cuda and x.dtype in dtypes

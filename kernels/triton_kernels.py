@@ -6,8 +6,7 @@ bytes take to be read, and where every instruction a weight costs counts. Both c
 as Triton's interpreter needs (version 3.9 gets bfloat16 arithmetic and tl.dot wrong), and round
 once. A row's bytes are planes (see `quant.pack`), so neighbouring lanes read neighbouring bytes and
 inputs. Programs go through runs of inputs that share plane and group, so scale and offset are
-loaded
-once a run. Left out: tensor cores in `multiply` (the interpreter could not check them) and
+loaded once a run. Left out: tensor cores in `multiply` (the interpreter could not check them) and
 autotuning (seconds at every start).
 
 `kernels/matmul.py` imports this file only where it is used: on a GPU, or in Triton's interpreter:
@@ -293,7 +292,7 @@ def _run(
     all its planes: n is
     8 - AT for a code AT bits up in its byte, one more at 3 bits. `one` is no constant here, as the
     compiler would load
-    a constant anew for each weight.
+    a constant again for each weight.
     """
     dot, sum = tl.zeros([ROWS, RUNS, WORDS], tl.float32), tl.zeros([1, RUNS, WORDS], tl.float32)
     for part in tl.static_range(RUN // (4 * WORDS)):

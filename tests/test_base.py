@@ -13,9 +13,6 @@ import time
 import hypothesis.strategies as st
 import pytest
 import torch
-
-# PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
-import torch._dynamo
 from helpers_runs import (
     CONFIG,
     ENGLISH,
@@ -65,7 +62,7 @@ def test_a_base_is_reused_unless_it_would_be_another(world, tmp_path):
     ):
         before, words = state(), [word for word in options(world, out, steps=1, **change) if word]
         text = run(log, words)
-        assert state() != before and ("making it anew" in text or "fresh" in change), change
+        assert state() != before and ("making it again" in text or "fresh" in change), change
         quantization = json.loads((out / "base" / "config.json").read_text())["quantization"]
         assert all(
             quantization[k] == v
@@ -379,16 +376,21 @@ def test_a_new_base_needs_room_beside_the_old_one(world, whole, tmp_path, monkey
         (dict(method="lora", quantizer=None, rank=16), torch.float32),
         (dict(rank=32, targets="q_proj,v_proj"), torch.float32),
         (dict(method="lora", quantizer=None, rank=16), torch.bfloat16),
+        (dict(method="lora", quantizer=None, rank=16), "a QLoRA run"),
     ],
 )
 def test_a_run_needs_the_room_that_its_base_and_its_checkpoints_take(
     world, tmp_path, monkeypatch, how, dtype
 ):
-    save_random(
-        tmp_path / "weights", config=dataclasses.replace(CONFIG, num_hidden_layers=8), dtype=dtype
-    )
-    shutil.copy(world / "weights" / "tokenizer.model", tmp_path / "weights")
-    words = dict(weights=tmp_path / "weights", steps=1, **how)
+    weights = tmp_path / "weights"
+    stored = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    save_random(weights, config=dataclasses.replace(CONFIG, num_hidden_layers=8), dtype=stored)
+    shutil.copy(world / "weights" / "tokenizer.model", weights)
+    if dtype == "a QLoRA run":  # 4 bits a weight, but merged it is float
+        first = dict(weights=weights, method="qlora", quantizer=None, steps=1)
+        run(tmp_path / "log", options(world, tmp_path / "first", **first))
+        weights = tmp_path / "first"
+    words = dict(weights=weights, steps=1, **how)
     run(tmp_path / "log", options(world, tmp_path / "run", **words))
     base, checkpoint = (
         (tmp_path / "run" / name).stat().st_size

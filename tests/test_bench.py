@@ -76,15 +76,16 @@ def test_the_reference_gptq_and_ours_are_the_same_algorithm(bits, group_size):
 
 
 def test_peak_memory_is_that_of_what_is_held_at_once():
-    small, large = 2**24, 2**27
+    small, large = 2**27, 2**28  # above 32 MiB, which glibc maps afresh and gives back at once
+    noise = 2**25  # of what else the process holds
 
     def ones(size):
         return torch.ones(size, dtype=torch.uint8)
 
-    peak = measure.peak_memory(lambda: (ones(large), ones(small)), "cpu")
-    again = measure.peak_memory(lambda: ones(small), "cpu")
-    assert large + small <= peak + 2**22 and peak < 1.5 * large
-    assert small / 2 < again < 2 * small
+    together = measure.peak_memory(lambda: (ones(large), ones(small)), "cpu")
+    in_turn = measure.peak_memory(lambda: (len(ones(small)), len(ones(small))), "cpu")
+    assert abs(together - large - small) < noise
+    assert abs(in_turn - small) < noise
 
 
 def test_a_compiled_contender_compiles_and_is_left_out_where_that_cannot_be(monkeypatch):

@@ -27,7 +27,7 @@ import merge
 import train
 from cli.errors import UserError
 from formats import load_model
-from formats.gguf import REST
+from formats.files import GGUF_REST
 from formats.huggingface import save_pretrained
 from formats.q4_1 import quantized_layers
 from formats.quantized import save_quantized
@@ -251,13 +251,15 @@ def test_the_type_of_embeddings_that_came_from_a_file_cannot_be_chosen(tmp_path,
 
 def test_what_was_kept_of_a_file_and_is_damaged_since_is_refused(tmp_path, tokenizer_file):
     quantize_file(tmp_path / "in.gguf", CONFIG, load_tokenizer(tokenizer_file))
-    kept = imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base") / REST
+    kept = imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base") / GGUF_REST
     whole, tensors = kept.read_bytes(), {name: t.clone() for name, t in load_file(kept).items()}
     kept.write_bytes(whole[:5000])
     with pytest.raises(UserError, match="gguf.safetensors: .* truncated"):
         export.export(tmp_path / "base", tmp_path / "out.gguf")
     save_file(tensors, kept)  # without what stands beside the tensors
-    with pytest.raises(UserError, match="gguf.safetensors is not what import_base wrote"):
+    with pytest.raises(
+        UserError, match="gguf.safetensors is damaged, or was not written by train.py"
+    ):
         export.export(tmp_path / "base", tmp_path / "out.gguf")
     assert not list(tmp_path.glob("*out.gguf*"))
 

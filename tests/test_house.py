@@ -159,7 +159,7 @@ def test_the_readme_is_short():
 
 
 def style_violations(tree):
-    """[(line, what)] of what STYLE.md does not want and ruff does not find."""
+    """[(line, what)] of what is hard to read and ruff does not find."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, COMPREHENSIONS) and len(node.generators) > 1:

@@ -1,5 +1,4 @@
-"""triton_kernels.py: on a GPU where there is one, else in Triton's interpreter; the oracle is
-float64 arithmetic."""
+"""Triton's kernels: on a GPU where there is one, else in its interpreter. Oracle: float64."""
 
 import os
 import pathlib

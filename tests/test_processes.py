@@ -9,9 +9,6 @@ import sys
 
 import pytest
 import torch
-
-# PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
-import torch._dynamo
 from helpers_runs import (
     ENVIRONMENT,
     close,

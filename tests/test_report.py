@@ -5,9 +5,6 @@ import json
 import numpy
 import pytest
 import torch
-
-# PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
-import torch._dynamo
 from helpers_runs import options, run
 
 import evals

@@ -11,9 +11,6 @@ import time
 import hypothesis.strategies as st
 import pytest
 import torch
-
-# PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
-import torch._dynamo
 from helpers_runs import (
     RECORDS,
     adapter,
@@ -248,7 +245,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     explode = options(world, out, lr=1e30, save_every=1)
     text = run(tmp_path / "log", explode, status=2)
     assert (
-        "step 1: the validation loss after it is nan" in text
+        "step 1: the validation loss after this step is nan" in text
         and "--lr" in text
         and "there is no good checkpoint" in text
     )
@@ -308,11 +305,13 @@ def test_a_variable_that_only_looks_like_torchruns_changes_nothing(
 def test_two_runs_at_once_do_not_share_a_folder(world, tmp_path):
     out = tmp_path / "run"
     first = fork(tmp_path / "first-log", options(world, out, steps=100_000))
-    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 2, first)
-    for words in (options(world, out), ["--resume", "--out", str(out)]):
-        assert f"another run is at work in {out}" in run(tmp_path / "log", words, status=2)
-    os.kill(first, signal.SIGKILL)
-    wait(first)
+    try:
+        wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 2, first)
+        for words in (options(world, out), ["--resume", "--out", str(out)]):
+            assert f"another run is at work in {out}" in run(tmp_path / "log", words, status=2)
+    finally:
+        os.kill(first, signal.SIGKILL)
+        wait(first)
     steps = int(runs.newest_checkpoint(out).name[5:]) + 2
     run(tmp_path / "log", ["--resume", "--out", str(out), "--steps", str(steps)])
     assert len(metrics(out)) == steps
@@ -338,7 +337,7 @@ def test_a_model_that_diverged_in_its_last_step_is_never_saved(world, tmp_path):
     (tmp_path / "five.json").write_text(json.dumps(RECORDS[:5]))  # too few to validate on
     words = options(world, tmp_path / "run", data=tmp_path / "five.json", lr=1e30, steps=1)
     text = run(tmp_path / "log", words, status=2)
-    assert "step 1: the loss after it is nan" in text and "lower --lr" in text
+    assert "step 1: the loss after this step is nan" in text and "lower --lr" in text
     assert not list((tmp_path / "run").glob("step-*")) and not (tmp_path / "run/adapter").exists()
 
 

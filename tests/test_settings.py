@@ -1,6 +1,7 @@
 """Mistakes cost nothing: they are found before the first slow stage; defaults are the paper's."""
 
 import dataclasses
+import json
 import resource
 import shutil
 import subprocess
@@ -11,8 +12,6 @@ from helpers_runs import CONFIG, ENVIRONMENT, adapter, command, options, refusal
 
 import llama
 import quant
-
-# PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
 from cli.settings import read_settings
 from formats.files import write_config
 from formats.quantized import save_quantized
@@ -254,3 +253,41 @@ def test_a_plot_without_matplotlib_is_refused_at_once(world, tmp_path, monkeypat
         monkeypatch, *options(world, tmp_path / "run"), "--plot"
     )
     assert not (tmp_path / "run" / "base").exists()
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("inside", ["", "base", "base/copy", "merged"])
+def test_a_run_is_not_written_over_the_weights_that_it_starts_from(
+    world, whole, tmp_path, monkeypatch, inside
+):
+    out = shutil.copytree(whole, tmp_path / "run")
+    if not (out / inside).exists():
+        shutil.copytree(whole / "base", out / inside)
+    before = contents(out)
+    words = options(world, out, weights=out / inside, quantizer=None)
+    assert "would overwrite the weights" in refusal(monkeypatch, *words)
+    assert contents(out) == before
+
+
+def test_a_run_in_the_default_folder_is_not_written_over_itself(
+    world, whole, tmp_path, monkeypatch
+):
+    out = shutil.copytree(whole, tmp_path / "runs" / "run")
+    before = contents(out)
+    monkeypatch.chdir(tmp_path)
+    message = refusal(monkeypatch, "--weights", "runs/run", "--data", world / "records.json")
+    assert "--out runs/run would overwrite the weights" in message
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("name", ["calibration", "weights", "lr"])
+def test_a_run_json_that_lacks_a_setting_is_damaged(whole, tmp_path, monkeypatch, name):
+    out = shutil.copytree(whole, tmp_path / "run")
+    kept = json.loads((out / "run.json").read_text())
+    del kept[name]
+    (out / "run.json").write_text(json.dumps(kept))
+    message = refusal(monkeypatch, "--resume", "--out", out)
+    assert f"run.json is damaged (it lacks {name})" in message

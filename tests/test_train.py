@@ -10,9 +10,6 @@ import sys
 
 import pytest
 import torch
-
-# PyTorch's optimizers import it when first used: a forked copy need not spend those seconds
-import torch._dynamo
 from helpers_runs import (
     CONFIG,
     ENVIRONMENT,
