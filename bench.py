@@ -20,10 +20,10 @@ import json
 import pathlib
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kernels.matmul
 from baselines import NF4Linear
@@ -77,7 +77,7 @@ QUICK_GROWTH = {
 }
 
 
-def llama_cpp_token(quantized: nn.Module):
+def llama_cpp_token(quantized: nn.Module) -> Callable | None:
     """`one_token` in llama.cpp, from our Q4_1 file; None if a package is not installed."""
     try:
         import gguf  # noqa: F401, what write_gguf needs
@@ -110,7 +110,7 @@ def gptq_by_columns(
     group_size: int,
     block: int = 128,
     damping: float = 0.01,
-):
+) -> Tensor:
     """The reference: Frantar et al. (2023), algorithm 1, column by column in lazy blocks of 128.
 
     A group's scale and offset are chosen when its first column's turn comes. Returns the quantized
@@ -134,7 +134,7 @@ def gptq_by_columns(
     return w
 
 
-def gptq(size: int, turns: int, facts: dict):
+def gptq(size: int, turns: int, facts: dict) -> list[dict]:
     """GPTQ of a size x size layer against the reference; the rows have the relative output error.
 
     The floor counts size^3 / 3 operations for the factor and size^3 for passing errors on.
@@ -164,7 +164,7 @@ def gptq(size: int, turns: int, facts: dict):
     return rows
 
 
-def growth(turns: int, values: dict, facts: dict, dtype: torch.dtype, device: str):
+def growth(turns: int, values: dict, facts: dict, dtype: torch.dtype, device: str) -> list[dict]:
     """How a training step's time grows with what `values` names, on narrow blocks."""
     dense = Llama(dataclasses.replace(NARROW, num_hidden_layers=8)).to(device, dtype)
 
@@ -209,7 +209,7 @@ def plot(rows: list[dict], path: str | pathlib.Path):
 
 def inference(
     dense: nn.Module, quantized: nn.Module, facts: dict, turns: int, dtype: torch.dtype, device: str
-):
+) -> list[dict]:
     """Decoding and prefill, time per block."""
     ready, low = prepare_inference(copy.deepcopy(quantized)), copy.deepcopy(dense).bfloat16()
     layers = len(dense.model.layers)
@@ -249,7 +249,7 @@ def training(
     turns: int,
     dtype: torch.dtype,
     device: str,
-):
+) -> list[dict]:
     """Steps on one block, and their memory."""
     weights = sum(p.numel() for p in dense.model.layers[0].parameters())
 
@@ -283,7 +283,7 @@ def training(
 
 
 def main():
-    """The command."""
+    """Runs the command line."""
     parser = Parser(prog="bench.py", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer turns and tokens, a smaller layer for GPTQ")

@@ -406,7 +406,7 @@ def order(rows: list[dict]) -> Callable[[dict], tuple]:
 
 
 def main():
-    """The command."""
+    """Runs the command line."""
     parser = Parser(prog="compare.py", description=__doc__)
     add = parser.add_argument
     add("--seeds", type=positive(int), help="how many seeds are reported (3; with --quick 1)")

@@ -61,7 +61,7 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
 
 
 def main():
-    """The command."""
+    """Runs the command line."""
     parser = Parser(prog="export.py", description=__doc__)
     add = parser.add_argument
     add("folder", type=pathlib.Path, help="a merged or quantized model, or a finished run")

@@ -204,7 +204,7 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for p in self.parameters():
-            if p.dim() == 2 and not p.is_meta:  # there, normal_ takes seconds to import something
+            if p.dim() == 2 and not p.is_meta:  # where normal_ takes seconds
                 nn.init.normal_(p, std=0.02)
 
     def forward(

@@ -19,7 +19,8 @@ from qalora import QALoRALinear
 def merge(module: nn.Module) -> nn.Module:
     """Replaces every adapted layer in `module` by its merged one, in place; returns the module.
 
-    Of an adapted layer itself returns the merged one. Raises UserError when there is no adapter.
+    If `module` itself is an adapted layer, returns its merged layer. Raises UserError when there is
+    no adapter.
     """
     adapted = (QALoRALinear, LoRALinear)
     if isinstance(module, adapted):
@@ -36,7 +37,7 @@ def merge(module: nn.Module) -> nn.Module:
 
 def main():
     """Merges the adapter of a finished run and writes the model into a new folder."""
-    from formats.run import load_run, save_merged  # here, because formats/run.py merges too
+    from formats.run import load_run, save_merged  # here, because it imports this module
 
     parser = Parser(prog="merge.py", description=__doc__)
     add = parser.add_argument

@@ -26,7 +26,7 @@ class QALoRALinear(nn.Module):
     y = x @ (scale * codes + offset + s * B @ A)^T
       = x @ (scale * codes + offset)^T + s * pool(x) @ A^T @ B^T
     with pool(x)[p] the sum of x over group p, lora_A [R, G], lora_B [O, R], s = alpha / rank:
-    equation 2 and algorithm 1 of the paper.
+    algorithm 1 and section 3.3 of the paper.
     """
 
     def __init__(self, base: QuantLinear, rank: int, alpha: float):
@@ -34,7 +34,7 @@ class QALoRALinear(nn.Module):
         out_features, groups = base.offset.shape
         self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
         a = torch.empty(rank, groups, dtype=torch.float32)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: a seed means the same everywhere
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: the same on any device
         b = torch.zeros(out_features, rank, dtype=torch.float32)  # so B A = 0 at first
         device = base.offset.device
         self.lora_A, self.lora_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))

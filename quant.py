@@ -75,7 +75,7 @@ def _split_planes(packed, width):  # the inverse
     torch.bitwise_and(packed, 2**width - 1, out=lowest)  # in place: 2x faster than torch.cat
     for k, plane in enumerate(others, 1):
         torch.bitwise_right_shift(packed, width * k, out=plane)
-    for plane in others[:-1]:  # above the last one nothing is left
+    for plane in others[:-1]:  # the last plane has no higher bits
         plane.bitwise_and_(2**width - 1)
     return fields
 
@@ -265,7 +265,7 @@ def best_range(w_gO: Tensor, importance_g: Tensor, bits: int) -> tuple[Tensor, T
     x_gO = (w_gO - low) / torch.where(high == low, 1, high - low)  # from 0 to 1
     cut = torch.zeros(2, w_gO.shape[1], device=w_gO.device)
     least = torch.full_like(low, torch.inf)
-    # Allocated once, as allocating takes longer than the sums
+    # Allocated once: that takes longer than the arithmetic
     scratch = torch.empty_like(x_gO), torch.empty_like(x_gO)
     for step, reach in ((0.1, torch.arange(5)), (0.05, torch.arange(-1, 2))):
         trials = cut + step * torch.cartesian_prod(reach, reach).unsqueeze(-1).to(cut)
@@ -319,7 +319,7 @@ def damped_factor(hessian_II: Tensor, damping: float) -> Tensor:
 
     Where that matrix is not positive definite the damping is raised tenfold until it is. For a
     semidefinite H no squared diagonal entry of R lies below `damping`; a far smaller one would be a
-    rounding error that blows up all it divides.
+    rounding error, and dividing by it would amplify that.
     """
     assert hessian_II.isfinite().all(), "the Hessian has NaN or infinite entries"
     inputs, mean = len(hessian_II), hessian_II.diagonal().double().mean().item()
@@ -372,16 +372,17 @@ class QuantMatmul(torch.autograd.Function):
     """`quant_matmul`. Saves the packed codes and the pooled input, never x nor a dense weight.
 
     The offset's gradient is grad_y^T @ pool(x); pool(x) [N, G] is the sum of x over each group (the
-    paper's equation 2). `kernels/matmul.py` multiplies by `dense(...)`, a part of it at a time.
+    paper's algorithm 1). `kernels/` computes what the comment beside a call says, faster.
     """
 
     @staticmethod
     def forward(ctx, x, packed, scale, offset, bits):
         """[..., I] -> [..., O]."""
         x_NI = x.reshape(-1, x.shape[-1])
+        # x @ dense(...)^T
         y_NO = kernels.matmul.product(x_NI, packed, scale, offset, bits, dense)
         pooled_NG = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3]:  # x.unflatten(1, (groups, -1)).sum(-1)
             pooled_NG = kernels.matmul.pool(x_NI, scale.shape[1])
         ctx.save_for_backward(packed, scale, offset, pooled_NG)
         ctx.bits, ctx.x_shape = bits, x.shape
@@ -397,7 +398,7 @@ class QuantMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_offset = (gy_NO.t() @ pooled_NG).to(offset.dtype)
         if ctx.needs_input_grad[0]:
-            weight = packed, scale, offset, ctx.bits
+            weight = packed, scale, offset, ctx.bits  # grad_y @ dense(...)
             gx_NI = kernels.matmul.input_gradient(gy_NO, *weight, ctx.x_shape[-1], dense)
             grad_x = gx_NI.view(ctx.x_shape)
         return grad_x, None, None, grad_offset, None
@@ -536,7 +537,7 @@ def input_hessians(block: Block, hidden: list[Tensor], rotary: tuple) -> dict[st
     def accumulate_into(name):
         def add(layer, inputs):
             x_NI = inputs[0].flatten(0, -2)
-            hessians[name] = hessians.get(name, 0) + kernels.gptq.gram(x_NI) / tokens
+            hessians[name] = hessians.get(name, 0) + kernels.gptq.gram(x_NI) / tokens  # x^T @ x
 
         return add
 
@@ -589,7 +590,7 @@ def bits_per_weight(model: nn.Module) -> float:
     return 8 * held / weights
 
 
-# ---- files: these two doors lead to formats/, which imports this module
+# ---- files: formats/ reads and writes them; it imports this module
 
 
 def save_quantized(

@@ -38,7 +38,7 @@ from text.instructions import Record, read_records
 from text.tokenizer import load_tokenizer
 from text.toy import make_world
 
-# ---- the paper's algorithm 1: the base is quantized, only the adapters learn
+# ---- the training loop: the base is frozen, only the adapters learn
 
 
 def fine_tune(
@@ -93,7 +93,7 @@ def accumulate_gradients(
             logits_NV = network(tokens_BT[:, :-1], keep_BT=learned_BT[:, 1:])
             targets_N = tokens_BT[learned_BT]
             loss = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum") / response_tokens
-            (loss * machine.WORLD).backward()  # as DistributedDataParallel takes a mean
+            (loss * machine.WORLD).backward()  # DistributedDataParallel takes the mean
         total += loss.detach()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -115,14 +115,14 @@ def adamw(parameters: Sequence[nn.Parameter], lr: float, paged: bool) -> torch.o
 
 
 def run(settings: Settings):
-    """Everything that the module's docstring promises of a run with these settings."""
+    """A whole run: data, base, adapters, training, merging, judging."""
     out = pathlib.Path(settings.out)
-    is_first = machine.RANK == 0
+    is_first, seed, max_length = machine.RANK == 0, settings.seed, settings.max_length
     world = None if settings.data else make_world()
     records, form = (world.train, "toy world") if world else read_records(settings.data)
     if settings.weights:  # so that bad data is found before anything slow
         tokenizer = load_tokenizer(settings.tokenizer or settings.weights)
-        train, held_out = make_examples(settings, records, form, tokenizer)
+        train, held_out = make_examples(records, form, tokenizer, max_length, seed)
     else:
         torch.set_num_threads(1)  # the tiny model's matrices are too small for two
     if is_first:
@@ -130,11 +130,11 @@ def run(settings: Settings):
     runs.join_processes()
     model, tokenizer = evals.load(out / "base", settings.device)
     if not settings.weights:
-        train, held_out = make_examples(settings, records, form, tokenizer)
+        train, held_out = make_examples(records, form, tokenizer, max_length, seed)
     del records
     model.model.checkpointing = bool(settings.checkpointing)
     bits = bits_per_weight(model)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(seed)
     add_adapters(model, settings.rank, settings.alpha, settings.targets.split(","))
     if is_first:
         count = sum(p.numel() for p in adapter_parameters(model).values())
@@ -145,9 +145,9 @@ def run(settings: Settings):
     if is_first:
         save_adapter(model, out / "adapter", method=settings.method, base=identity["base"])
         if world:
-            results = report.finish_toy(settings, model, tokenizer, world)
+            results = report.merge_and_judge_toy(settings, model, tokenizer, world)
         else:
-            results = report.finish(settings, model, held_out)
+            results = report.merge_and_judge(settings, model, train, held_out)
         write_json(results, out / "results.json")
         if settings.plot:
             report.plot(out)
@@ -172,7 +172,7 @@ def train_adapters(
             save_settings(settings)
         done = runs.load_checkpoint(settings, model, optimizer)
     network = model
-    if dist.is_initialized():  # all have the same base and the same first adapters: nothing to send
+    if dist.is_initialized():  # all start equal, so nothing is sent before the first step
         network = nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, init_sync=False
         )
@@ -195,16 +195,16 @@ def train_adapters(
 
 
 def make_examples(
-    settings: Settings, records: list[Record], form: str, tokenizer: SentencePieceProcessor
+    records: list[Record], form: str, tokenizer: SentencePieceProcessor, max_length: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """(training examples, examples held out for validation: a twentieth, at most 200)."""
-    examples, truncated = encode(records, tokenizer, settings.max_length)
+    examples, truncated = encode(records, tokenizer, max_length)
     dropped = len(records) - len(examples)
     if machine.RANK == 0:
         left_out = f", {dropped} of these left out, as no response was left" if dropped else ""
-        cut = f"{truncated} longer than {settings.max_length} tokens and cut"
+        cut = f"{truncated} longer than {max_length} tokens and cut"
         print(f"data: {len(records)} records in {form} form, {cut}{left_out}")
-    random.Random(settings.seed).shuffle(examples)
+    random.Random(seed).shuffle(examples)
     count = min(200, len(examples) // 20)
     if len(examples) <= count:
         raise UserError(
@@ -220,7 +220,7 @@ def digest(examples: Sequence[Example]) -> str:
 
 
 def main():
-    """The command."""
+    """Runs the command line."""
     settings = read_settings(__doc__)
     with runs.guarded(settings):
         run(settings)

@@ -70,7 +70,7 @@ def check_unfinished(settings: Settings, out: pathlib.Path):
         return
     if settings.resume and int(newest.name[5:]) > settings.steps:
         raise UserError(
-            f"--steps {settings.steps}: {newest} has gone further already; give a larger number"
+            f"--steps {settings.steps}: {newest} is already further; give a larger number"
         )
     finished = (out / "adapter").exists()
     if settings.weights and not (finished or settings.resume or settings.fresh):
@@ -101,9 +101,9 @@ def start_over(settings: Settings):
 # ---- is it there already?
 
 
-def source_of(settings: Settings) -> pathlib.Path:
-    """The weights that the base is made of."""
-    return pathlib.Path(settings.weights or TOY_BASE)
+def source_of(weights: str | None) -> pathlib.Path:
+    """What the base is made of: the weights, or else the pretrained tiny model."""
+    return pathlib.Path(weights or TOY_BASE)
 
 
 def uses_gptq(settings: Settings) -> bool:
@@ -115,7 +115,7 @@ def uses_gptq(settings: Settings) -> bool:
 
 def made_from(settings: Settings) -> str:
     """The text of made_from.json for a base with these settings."""
-    source = source_of(settings)
+    source = source_of(settings.weights)
     tokenizer = load_tokenizer(settings.tokenizer or source).serialized_model_proto()
     record = {
         "method": settings.method,
@@ -148,9 +148,9 @@ def base_is_made(settings: Settings) -> bool:
         return True
     if settings.resume and newest_checkpoint(out):
         raise UserError(
-            f"{source_of(settings)}, its tokenizer, the calibration or run.json has changed since "
-            f"{out}/base was made, so the run cannot go on; put the old files back, or remove "
-            f"{out}/step-* and start without --resume"
+            f"{source_of(settings.weights)}, its tokenizer, the calibration or run.json has "
+            f"changed since {out}/base was made, so the run cannot go on; put the old files back, "
+            f"or remove {out}/step-* and start without --resume"
         )
     print(f"base: {out}/base was made from other weights or in another way; making it again")
     return False
@@ -161,7 +161,7 @@ def base_is_made(settings: Settings) -> bool:
 
 def make_base(settings: Settings, texts: list[str] | None):
     """Writes the run's base/, quantized by GPTQ on `texts` where that is wanted."""
-    source = source_of(settings)
+    source = source_of(settings.weights)
     record = made_from(settings)  # of the weights as they are now
     tokenizer = load_tokenizer(settings.tokenizer or source)
     with written_whole(pathlib.Path(settings.out) / "base") as folder:
@@ -249,7 +249,7 @@ def check_room(settings: Settings, base_is_made: bool):
     """
     out = pathlib.Path(settings.out)
     with torch.device("meta"):
-        model = Llama(config_of(settings))
+        model = Llama(config_of(settings.weights))
     base = 0 if base_is_made else base_bytes(settings, model)
     adapter_and_state = 2 * 3 * adapter_bytes(settings, model)  # twice; AdamW has two moments
     replaced = 0
@@ -266,7 +266,7 @@ def check_room(settings: Settings, base_is_made: bool):
 
 def base_bytes(settings: Settings, model: Llama) -> float:
     """About how large base/ becomes."""
-    source = source_of(settings)
+    source = source_of(settings.weights)
     if settings.weights and source.is_dir():
         is_float = formats.quantization_of(source) is None
         is_run = formats.format_of(source) is formats.run  # merged, its weights may be larger

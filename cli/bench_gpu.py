@@ -41,7 +41,7 @@ from text.batches import Example
 PEER = "bitsandbytes and peft: QLoRA"
 
 
-def random_weights(config: LlamaConfig, dtype: torch.dtype, device: str):
+def random_weights(config: LlamaConfig, dtype: torch.dtype, device: str) -> dict[str, Callable]:
     """{parameter name: a function that draws it}, as `formats.open_weights` has it for files."""
 
     def draw(shape):
@@ -60,7 +60,7 @@ def random_model(
     device: str,
     calibration: torch.Tensor | None = None,
     packed: bool = True,
-):
+) -> Llama:
     """A LLaMA of random weights: packed block by block (by GPTQ on `calibration`), or dense."""
     weights = random_weights(config, dtype, device)
     with torch.device("meta"):
@@ -77,7 +77,7 @@ def random_model(
     return model.requires_grad_(False)
 
 
-def exactness(device: str):
+def exactness(device: str) -> list[dict]:
     """The largest errors of a packed layer, as shares of the largest value in float64."""
     rows = []
     shapes = ((1, 96, 256, 32), (8, 100, 704, 64), (40, 100, 704, 64), (9, 33, 1056, 33))
@@ -118,7 +118,7 @@ def passes(
     dtype: torch.dtype,
     device: str,
     autocast: bool = False,
-):
+) -> Callable:
     """A function that goes forward and backward through `blocks`, recomputing each, as train.py."""
     x = torch.randn(batch, tokens, config.hidden_size, dtype=dtype, device=device).requires_grad_()
     rotary, grad = rotary_table(config, torch.arange(tokens, device=device)), torch.randn_like(x)
@@ -138,7 +138,7 @@ def passes(
 
 def pass_ratios(
     config: LlamaConfig, facts: dict, sizes: Sequence, turns: int, dtype: torch.dtype, device: str
-):
+) -> list[dict]:
     """Forward and backward through blocks of 7B, in turns; and the profiles of two contenders."""
     layers = config.num_hidden_layers
     dense, packed = (random_model(config, dtype, device, packed=packed) for packed in (False, True))
@@ -170,7 +170,7 @@ def pass_ratios(
     return rows
 
 
-def profiled(name: str, run: Callable, device: str, most: int = 16):
+def profiled(name: str, run: Callable, device: str, most: int = 16) -> list[dict]:
     """The kernels of a call of `run` that take longest; prints them."""
     run()
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -199,7 +199,9 @@ def profiled(name: str, run: Callable, device: str, most: int = 16):
     return rows
 
 
-def gptq_on_gpu(config: LlamaConfig, blocks: int, windows: tuple, device: str, dtype: torch.dtype):
+def gptq_on_gpu(
+    config: LlamaConfig, blocks: int, windows: tuple, device: str, dtype: torch.dtype
+) -> list[dict]:
     """GPTQ of so many blocks, as train.py does it, and of each shape of a layer alone."""
     calibration = torch.randint(config.vocab_size, windows, device=device)
     most_held(device, reset=True)
@@ -230,7 +232,7 @@ def gptq_on_gpu(config: LlamaConfig, blocks: int, windows: tuple, device: str, d
     return rows
 
 
-def fine_tuning(model: nn.Module, steps: int, length: int, facts: dict, device: str):
+def fine_tuning(model: nn.Module, steps: int, length: int, facts: dict, device: str) -> list[dict]:
     """train.fine_tune on `model` with random records; then merging, which must keep the bits."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, model.config.vocab_size, (64, length), dtype=np.int32)
@@ -267,7 +269,7 @@ def fine_tuning(model: nn.Module, steps: int, length: int, facts: dict, device: 
     return [row]
 
 
-def recorded(run: Callable):
+def recorded(run: Callable) -> Callable:
     """`run` recorded as a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -283,7 +285,7 @@ def recorded(run: Callable):
 
 def whole_inference(
     model: nn.Module, facts: dict, turns: int, tokens: int, dtype: torch.dtype, device: str
-):
+) -> list[dict]:
     """Decoding at one place in the cache, and prefill, beside a dense model of the same size."""
     dense = random_model(model.config, dtype, device, packed=False)
 
@@ -322,7 +324,7 @@ def on_gpu(
     sizes: Sequence = ((1, 512), (4, 512), (4, 2048)),
     length: int = 512,
     prompt: int = 2048,
-):
+) -> list[dict]:
     """All tables for a GPU; `write(rows)` is called after each, so that none is lost.
 
     A table that fails is told, and the next one is begun. With `quick` GPTQ is of one block.

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message says what is wrong, where, and what to do."""
+    """A mistake that the user can fix. The message says what is wrong, where, and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,6 +109,6 @@ def flush_stdout():
     try:
         sys.stdout.flush()
     except OSError:
-        with contextlib.suppress(OSError):  # the flush at exit then has nothing to complain about
+        with contextlib.suppress(OSError):  # so that the flush at exit does not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise

@@ -21,7 +21,7 @@ from qalora import add_adapters
 RANK, ALPHA, BITS, GROUP_SIZE = 64, 16, 4, 32
 
 
-def take_turns(contenders: dict, turns: int, device: str):
+def take_turns(contenders: dict, turns: int, device: str) -> dict[str, list[float]]:
     """{name: seconds of each turn} for {name: function}, after one turn that does not count."""
     seconds = {name: [] for name in contenders}
     for turn in range(turns + 1):
@@ -32,7 +32,7 @@ def take_turns(contenders: dict, turns: int, device: str):
     return seconds
 
 
-def timed(run: Callable, device: str):
+def timed(run: Callable, device: str) -> float:
     """Seconds that a call of `run` takes, on a GPU the mean of three by its own clock."""
     if device == "cpu":
         start = time.perf_counter()
@@ -41,8 +41,8 @@ def timed(run: Callable, device: str):
     return gpu_seconds(run, 3)
 
 
-def gpu_seconds(run: Callable, calls: int = 1):
-    """Seconds between a GPU's beginning and its end with `calls` calls of `run`, by the call."""
+def gpu_seconds(run: Callable, calls: int = 1) -> float:
+    """Seconds that a call of `run` takes by the GPU's own clock, the mean of `calls` calls."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -53,12 +53,12 @@ def gpu_seconds(run: Callable, calls: int = 1):
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def once(run: Callable, device: str):
+def once(run: Callable, device: str) -> float:
     """Seconds of a single call."""
     return gpu_seconds(run) if device == "cuda" else timed(run, device)
 
 
-def floors(facts: dict, dtype: torch.dtype, operations: float, moved: float):
+def floors(facts: dict, dtype: torch.dtype, operations: float, moved: float) -> dict[str, float]:
     """The least milliseconds for so many operations and bytes read, on a machine of `facts`."""
     return {
         "arithmetic": 1e3 * operations / facts["matmul"][str(dtype)],
@@ -66,7 +66,9 @@ def floors(facts: dict, dtype: torch.dtype, operations: float, moved: float):
     }
 
 
-def compare(what: str, contenders: dict, turns: int, device: str, least: dict, parts: int = 1):
+def compare(
+    what: str, contenders: dict, turns: int, device: str, least: dict, parts: int = 1
+) -> list[dict]:
     """Prints a table of {name: function, or None for a peer not installed}; returns its rows.
 
     parts: how many equal parts (layers, tokens) a call has. Times and `least`, the floors, are for
@@ -97,7 +99,7 @@ def compare(what: str, contenders: dict, turns: int, device: str, least: dict, p
     return rows
 
 
-def processor(device: str):
+def processor(device: str) -> str:
     """The name of the GPU, or of the CPU and of its vector instructions that matter here."""
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -113,7 +115,7 @@ def processor(device: str):
     return f"{facts.get('model name', name)} ({', '.join(flags)})"
 
 
-def machine(device: str):
+def machine(device: str) -> dict:
     """The machine's name, its matmul rates (operations a second) and its bandwidth.
 
     The bandwidth counts bytes read and bytes written, a second.
@@ -138,7 +140,7 @@ def machine(device: str):
     }
 
 
-def peak_memory(run: Callable, device: str):
+def peak_memory(run: Callable, device: str) -> int | None:
     """Bytes that `run()` needs at its peak, beyond what is held; None if that cannot be known."""
     gc.collect()
     if device == "cuda":
@@ -161,7 +163,7 @@ def peak_memory(run: Callable, device: str):
     return status("VmHWM") - before
 
 
-def most_held(device: str, reset: bool = False):
+def most_held(device: str, reset: bool = False) -> int | None:
     """The most bytes that tensors have held on the GPU; `reset` forgets what was held before."""
     if device == "cpu":
         return None
@@ -171,7 +173,7 @@ def most_held(device: str, reset: bool = False):
 
 
 @functools.cache
-def can_compile():
+def can_compile() -> bool:
     """Whether torch.compile works here, which takes a C++ compiler."""
     kernels.matmul.USE_COMPILER = True
     packed, scale, offset = (
@@ -184,7 +186,7 @@ def can_compile():
     return works
 
 
-def compiled(run: Callable):
+def compiled(run: Callable) -> Callable | None:
     """`run` with compiled dequantizing, as in a long run on a CPU; None without a compiler."""
     if not can_compile():
         return None
@@ -199,7 +201,7 @@ def compiled(run: Callable):
 
 def training_step(
     blocks: nn.Module, config: LlamaConfig, tokens: int, dtype: torch.dtype, device: str
-):
+) -> Callable:
     """A function that goes forward and backward through `blocks` and updates their adapters."""
     x = torch.randn(1, tokens, config.hidden_size, dtype=dtype, device=device).requires_grad_()
     rotary, grad = rotary_table(config, torch.arange(tokens, device=device)), torch.randn_like(x)
@@ -217,7 +219,9 @@ def training_step(
     return step
 
 
-def step_floors(facts: dict, dtype: torch.dtype, blocks: nn.Module, tokens: int):
+def step_floors(
+    facts: dict, dtype: torch.dtype, blocks: nn.Module, tokens: int
+) -> dict[str, float]:
     """The floors of a training step on packed blocks, whose weights multiply and are read twice."""
     layers = [layer.base for _, layer in linears(blocks)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
@@ -227,7 +231,9 @@ def step_floors(facts: dict, dtype: torch.dtype, blocks: nn.Module, tokens: int)
     return floors(facts, dtype, 4 * weights * tokens, 2 * held)
 
 
-def adapted(model: nn.Module, layers: int = 1, rank: int = RANK, replace: Callable | None = None):
+def adapted(
+    model: nn.Module, layers: int = 1, rank: int = RANK, replace: Callable | None = None
+) -> nn.Module:
     """A copy of the first blocks with adapters; `replace` is applied to each linear first."""
     blocks = copy.deepcopy(model.model.layers[:layers])
     for path, layer in linears(blocks) if replace else ():
@@ -235,7 +241,7 @@ def adapted(model: nn.Module, layers: int = 1, rank: int = RANK, replace: Callab
     return add_adapters(blocks, rank, ALPHA)
 
 
-def bitsandbytes_and_peft(model: nn.Module, device: str, layers: int = 1):
+def bitsandbytes_and_peft(model: nn.Module, device: str, layers: int = 1) -> nn.Module | None:
     """peft's LoRA over bitsandbytes' NF4, on the first blocks; None if one is not installed."""
     try:
         import bitsandbytes
@@ -263,7 +269,7 @@ def bitsandbytes_and_peft(model: nn.Module, device: str, layers: int = 1):
     return peft.inject_adapter_in_model(settings, blocks)
 
 
-def one_token(model: nn.Module, dtype: torch.dtype, device: str):
+def one_token(model: nn.Module, dtype: torch.dtype, device: str) -> Callable:
     """A function that decodes one token after 64 others."""
     cache, token = Cache(model.config, 1, 65, dtype, device), torch.full((1, 1), 5, device=device)
     cache.keys.normal_()

@@ -39,10 +39,13 @@ def logits_digest(model: nn.Module, examples: list[Example], batch_size: int) ->
     return sha.hexdigest()
 
 
-def finish(settings: Settings, model: nn.Module, held_out: list[Example]) -> dict:
-    """Compares base, adapted and merged model on the validation examples, and merges `model`.
+def merge_and_judge(
+    settings: Settings, model: nn.Module, train: list[Example], held_out: list[Example]
+) -> dict:
+    """Merges `model` and compares it with the base and with what it was, on validation examples.
 
-    Prints and returns what results.json holds.
+    Where there are none, only the bits are compared, on the first training examples. Prints and
+    returns what results.json holds.
     """
     out, size = pathlib.Path(settings.out), settings.micro_batch_size
     base = formats.load_model(out / "base", device=settings.device)
@@ -56,14 +59,14 @@ def finish(settings: Settings, model: nn.Module, held_out: list[Example]) -> dic
         results["validation_loss_base"] = loss
         loss = evals.response_loss(model, held_out, size, "adapted: validation")
         results["validation_loss_adapted"] = loss
-        results["bit_identical"] = merge_and_compare(model, held_out, size)
+    results["bit_identical"] = merge_and_compare(model, held_out or train[:4], size)
     for name, value in results.items():
         print(f"{name.replace('_', ' ')}: {value}")
     print(f"Next: python merge.py {quote(str(out))} --out {quote(f'merged/{out.name}')}")
     return results
 
 
-def finish_toy(
+def merge_and_judge_toy(
     settings: Settings, model: nn.Module, tokenizer: SentencePieceProcessor, world: World
 ) -> dict:
     """Merges `model`, scores every stage in the toy world; prints and returns the results."""
@@ -89,7 +92,9 @@ def finish_toy(
     print(f"\nmerged logits on all {len(test)} test questions: {verdict} the adapted model's")
     print(f"\n{table(rows)}\n")
     samples = show_answers(questions, before, after)
-    show_next(settings, out, samples[0]["question"])
+    # Q4_1's blocks are 32 long
+    exportable = settings.method == "qalora" and settings.group_size % 32 == 0
+    show_next(out, samples[0]["question"], exportable)
     return {"bit_identical": identical, "table": rows, "samples": samples}
 
 
@@ -106,11 +111,11 @@ def show_answers(questions: list, before: list[str], after: list[str]) -> list[d
     return samples
 
 
-def show_next(settings: Settings, out: pathlib.Path, question: str):
-    """Prints the commands that a user may want next."""
+def show_next(out: pathlib.Path, question: str, exportable: bool):
+    """Prints the commands that a user may want next; export.py where the model can go there."""
     folder = quote(str(out))
     print(f"\nNext: python sample.py {folder} --instruction {question!r}")
-    if settings.method == "qalora" and settings.group_size % 32 == 0:  # Q4_1's blocks are 32 long
+    if exportable:
         exporting = f"python export.py {folder} --out tiny.gguf"
         print(f"      {exporting} && llama-cli -m tiny.gguf      in llama.cpp (pip install gguf)")
 

@@ -81,14 +81,14 @@ def guarded(settings: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_from_other_runs(out: pathlib.Path) -> Iterator[None]:
-    """Locks the folder; raises UserError when another run is at work in it."""
+    """Locks the folder; raises UserError when another run is using it."""
     folder = os.open(out, os.O_RDONLY)
     try:
         if machine.RANK == 0:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
     except BlockingIOError as e:
         raise UserError(
-            f"another run is at work in {out}; wait for its end, or choose another --out"
+            f"another run is using {out}; wait for its end, or choose another --out"
         ) from e
     except OSError:  # some network file systems cannot lock folders
         pass
@@ -106,7 +106,7 @@ def join_processes():
 
 
 def leave_processes():
-    """The end of what `join_processes` began."""
+    """Ends what `join_processes` began."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -154,7 +154,7 @@ def record(
                 check_finite(out, step, f"{label} after this step", value)
                 if validates and not stop:
                     line["validation_loss"] = value
-            write_metrics(line)  # before the checkpoint: resuming cuts lines off, never adds one
+            write_metrics(line)  # before the checkpoint, as resuming can only cut lines off
             if save:
                 save_checkpoint(settings, identity, step, model, optimizer)
             show(bar, line, settings.device)
@@ -304,7 +304,7 @@ def load_checkpoint(settings: Settings, model: nn.Module, optimizer: torch.optim
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    except Exception as e:  # a broken file can raise anything: the parser is not ours
+    except Exception as e:  # a damaged file can raise any exception
         raise UserError(
             f"{folder}/optimizer.pt is missing or damaged ({type(e).__name__}); remove {folder} "
             "and start without --resume"

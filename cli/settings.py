@@ -86,7 +86,7 @@ SIZES = (
     "num_key_value_heads",
 )
 MISSING_WEIGHTS = """\
-LLaMA weights are to be had from Meta (llama.com) or, once its licence is accepted, from
+Get LLaMA weights from Meta (llama.com) or, once you have accepted its licence, from
 huggingface.co/meta-llama. Put config.json, tokenizer.model and the .safetensors files (or Meta's
 own files) into one folder, then type:
     python train.py --model {model} --weights FOLDER --data alpaca.json --out runs/{model}"""
@@ -152,7 +152,7 @@ def read_settings(description: str) -> Settings:
     for name in ("bits", "group_size", "quantizer"):
         if name in given and settings.method != "qalora":
             raise UserError(
-                f"{option(name)} means nothing to --method {settings.method}; leave it out"
+                f"{option(name)} has no effect with --method {settings.method}; leave it out"
             )
     if settings.paged_optimizer and not settings.device.startswith("cuda"):
         where = f"on --device {settings.device} there is nothing to page"
@@ -278,19 +278,19 @@ def save_settings(settings: Settings):
 # ---- checks
 
 
-def config_of(settings: Settings) -> LlamaConfig:
-    """The dimensions of the model that is fine-tuned."""
-    return formats.read_config(settings.weights) if settings.weights else CONFIGS["tiny"]
+def config_of(weights: str | None) -> LlamaConfig:
+    """The dimensions of the model that is fine-tuned; without weights it is the tiny one."""
+    return formats.read_config(weights) if weights else CONFIGS["tiny"]
 
 
 def check(settings: Settings):
     """Raises UserError for settings that cannot work."""
-    config = config_of(settings)
+    config = config_of(settings.weights)
     check_size(settings, config)
     if settings.method == "qalora":
         check_group_size(config, settings.group_size)
     if settings.weights:
-        check_not_inside(settings)
+        check_not_inside(settings.weights, settings.out)
         check_quantized_weights(settings)
     check_targets(settings.targets.split(","))
     if settings.weights and not settings.data:
@@ -311,14 +311,13 @@ def check(settings: Settings):
     check_writable(pathlib.Path(settings.out))
 
 
-def check_not_inside(settings: Settings):
+def check_not_inside(weights: str, out: str):
     """Raises UserError when the run would be written over the weights that it starts from."""
-    weights, out = pathlib.Path(settings.weights).resolve(), pathlib.Path(settings.out).resolve()
-    made = (out / "base", out / "merged")
-    if weights == out or any(weights.is_relative_to(folder) for folder in made):
+    source, run = pathlib.Path(weights).resolve(), pathlib.Path(out).resolve()
+    written = (run / "base", run / "merged")
+    if source == run or any(source.is_relative_to(folder) for folder in written):
         raise UserError(
-            f"--out {settings.out} would overwrite the weights that it starts from; "
-            "choose another --out"
+            f"--out {out} would overwrite the weights that it starts from; choose another --out"
         )
 
 

@@ -41,7 +41,13 @@ __all__ = [
     "read_config",
 ]
 
-FORMATS = (run, gguf, quantized, huggingface, meta)  # the first that matches is the one
+FORMATS = {  # what is recognised, by what; the first that matches is the one
+    run: "run.json (a run of train.py)",
+    gguf: "a .gguf file",
+    quantized: "config.json with a quantization of ours",
+    huggingface: "config.json (Hugging Face)",
+    meta: "params.json (Meta)",
+}
 
 
 def format_of(path: str | pathlib.Path) -> ModuleType:
@@ -51,8 +57,7 @@ def format_of(path: str | pathlib.Path) -> ModuleType:
         if module.matches(path):
             return module
     raise UserError(
-        f"{path}: found neither config.json (Hugging Face) nor params.json (Meta), and it is no "
-        "GGUF file; name a folder with LLaMA weights"
+        f"{path}: found none of {', '.join(FORMATS.values())}; name a folder with LLaMA weights"
     )
 
 

@@ -46,7 +46,7 @@ def open_file(path: pathlib.Path) -> dict[str, Stored]:
         found = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
         if not found:
             raise ValueError("no tensors")
-    except Exception as e:  # a broken file can raise anything: the parsers are not ours
+    except Exception as e:  # a damaged file can raise any exception
         raise UserError(
             f"{path}: not a file of weights, or truncated or corrupt ({type(e).__name__}); "
             "fetch it again, or save it as safetensors"

@@ -148,7 +148,7 @@ def check_tokenizer(path: pathlib.Path, tokenizer: SentencePieceProcessor):
     pieces = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(pieces, list) or len(pieces) != config.vocab_size:
         raise UserError(
-            f"{path}: its vocabulary has not the embedding's {config.vocab_size} pieces; "
+            f"{path}: its vocabulary does not have its embedding's {config.vocab_size} pieces; "
             "fetch it again"
         )
     for i in range(tokenizer.vocab_size()):

@@ -5,6 +5,7 @@ import hashlib
 import pathlib
 import shutil
 from shlex import quote
+from types import ModuleType
 
 import torch
 
@@ -24,7 +25,7 @@ def matches(path: pathlib.Path) -> bool:
     return (path / "run.json").exists()
 
 
-def format_of_base(path: pathlib.Path):
+def format_of_base(path: pathlib.Path) -> ModuleType:
     """The module that reads a run's base: ours, unless the run is LoRA beside a float model.
 
     Raises UserError where there is no base.
@@ -39,7 +40,7 @@ def format_of_base(path: pathlib.Path):
 
 
 def read_config(path: pathlib.Path) -> LlamaConfig:
-    """The base's."""
+    """The LlamaConfig of the run's base."""
     return format_of_base(path).read_config(path / "base")
 
 

@@ -1,7 +1,6 @@
-"""GPTQ's steps where a GPU wants them otherwise: fewer launches, and tensor cores.
+"""Two steps of GPTQ as a GPU wants them: with fewer launches, and on tensor cores.
 
-A column of GPTQ is several small kernels, whose launches take longer than their work. quant.py has
-the plain steps.
+A column of GPTQ is several small kernels, whose launches take longer than their work.
 """
 
 import torch

@@ -3,7 +3,7 @@
 quant.py hands in its plain `dense(packed, scale, offset, bits, in_features, dtype) -> w [O, I]`.
 On a CPU the weight is dequantized and multiplied a piece at a time, so it is never dense as a
 whole; where much is dequantized, torch.compile makes that one pass (`kernels/compiled.py`). All of
-this gives the same numbers as `x @ dense(...)^T`, and can be left out.
+this gives the same numbers as `x @ dense(...)^T`, faster and in less memory.
 
 Dimension key: O outputs, I inputs, G groups, N tokens.
 """
@@ -127,7 +127,7 @@ def compiler_wanted(weights: int, device: torch.device) -> bool:
 
 
 def stop_compiling():
-    """There is no compiler, or no room for its files: the plain path goes on."""
+    """Turns compiling off: there is no compiler, or no room for its files."""
     global USE_COMPILER
     USE_COMPILER = False
 

@@ -102,11 +102,12 @@ def test_checkpoints_that_differ_anywhere_are_told_apart(world, place):
 
 
 def test_data_is_read_once_and_calibration_only_for_a_gptq_that_runs(world, tmp_path, monkeypatch):
-    read = read_records
+    def read(path):
+        print(f"reading {path}.")
+        return read_records(path)
+
     for module in (train, base):
-        monkeypatch.setattr(
-            module, "read_records", lambda path: (print(f"reading {path}."), read(path))[1]
-        )
+        monkeypatch.setattr(module, "read_records", read)
     out, other = tmp_path / "run", dict(calibration=world / "fewer.json")
     gptq = dict(quantizer="gptq", bits=3, **other)
     for changed, expected in (

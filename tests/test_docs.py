@@ -122,7 +122,9 @@ def test_python_examples_run(page):
 
 def test_every_shell_block_is_run_or_marked_and_what_ci_types_is_in_the_readme():
     for page in PAGES:
-        for language, mark, _ in BLOCK.findall(page.read_text()):
+        found = BLOCK.findall(page.read_text())
+        assert 2 * len(found) == page.read_text().count("```"), f"{page}: a fence names no language"
+        for language, mark, _ in found:
             assert language in ("sh", "python", "text"), (page, language)
             assert mark in ("", "needs-weights", "slow"), (page, mark)
     typed = (ROOT / ".ci" / "run").read_text()

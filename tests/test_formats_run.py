@@ -117,6 +117,11 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def a_folder_in_the_way(run):
+    (run.parent / "out").mkdir()
+    (run.parent / "out" / "mine").touch()
+
+
 def another_tokenizer(run):
     train_tokenizer(["another text entirely"], run / "base" / "tokenizer.model", 272)
 
@@ -172,10 +177,7 @@ def test_what_other_programs_leave_in_a_base_does_not_make_it_another(run):
             "trained over the base",
         ),
         (lambda run: (run.parent / "out").write_text("mine"), "out exists"),
-        (
-            lambda run: ((run.parent / "out").mkdir(), (run.parent / "out" / "mine").touch()),
-            "out exists",
-        ),
+        (a_folder_in_the_way, "out exists"),
     ],
 )
 def test_what_cannot_be_merged_ends_in_one_line_and_leaves_nothing(

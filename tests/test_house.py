@@ -166,6 +166,11 @@ def style_violations(tree):
             found.append((node.lineno, "a comprehension with two `for`s"))
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Lambda):
             found.append((node.lineno, "a lambda with a name"))
+        if isinstance(node, ast.Lambda):
+            body = node.body.value if isinstance(node.body, ast.Subscript) else node.body
+            parts = body.elts if isinstance(body, ast.Tuple) else []
+            if any(isinstance(part, ast.Call) for part in parts[:-1]):
+                found.append((node.lineno, "a lambda of several statements"))
         if isinstance(node, ast.IfExp):
             inner = [n for n in ast.walk(node) if isinstance(n, ast.IfExp)]
             if len(inner) > 1:
@@ -207,7 +212,24 @@ def unhinted(node):
         return []
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
-    return [f"{node.name}({name})" for name in bare]
+    found = [f"{node.name}({name})" for name in bare]
+    if node.returns is None and returns_a_value(node):
+        found.append(f"{node.name} ->")
+    return found
+
+
+def returns_a_value(function):
+    """Whether the function itself, not one inside it, returns or yields something."""
+    waiting = list(function.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Yield | ast.YieldFrom):
+            return True
+        if isinstance(node, ast.Return) and node.value is not None:
+            return True
+        if not isinstance(node, FUNCTIONS):
+            waiting += ast.iter_child_nodes(node)
+    return False
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda p: str(p.relative_to(ROOT)))
@@ -227,6 +249,8 @@ def test_public_functions_have_type_hints(path):
         "a = [x for y in z for x in y]",
         "f = lambda x: x",
         "f: int = lambda x: x",
+        "a(lambda x: (f(x), g(x))[1])",
+        "a(lambda x: (f(x), g(x)))",
         "a = 1 if b else 2 if c else 3",
         "a = (1 if b else 2) if c else 3",
         "f(), g()",
@@ -249,4 +273,7 @@ def test_the_other_checks_can_fail():
     assert imports(door, True) == {"quant"} and not imports(door, False)
     assert missing_hints(ast.parse("def f(a, b: int, *, c): pass")) == ["f(a)", "f(c)"]
     assert missing_hints(ast.parse("class C:\n    def f(self, a): pass")) == ["C.f(a)"]
+    assert missing_hints(ast.parse("def f():\n    if a:\n        return b")) == ["f ->"]
+    assert missing_hints(ast.parse("def f():\n    yield b")) == ["f ->"]
+    assert not missing_hints(ast.parse("def f():\n    def g():\n        return b"))
     assert not missing_hints(ast.parse("def _f(a): pass"))

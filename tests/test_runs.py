@@ -65,15 +65,17 @@ def test_a_run_killed_around_a_checkpoint_resumes_to_the_same_bits(
 ):
     die, save = lambda *_: os.kill(os.getpid(), signal.SIGKILL), runs.save_checkpoint
 
+    def remove_in_part(folder):
+        (folder / "optimizer.pt").unlink()
+        die()
+
     def saved(settings, identity, step, *rest):
         if step == 4 and moment == "before it is saved":
             die()
         if step == 4 and moment == "while it is saved":
             monkeypatch.setattr(torch, "save", die)
         if step == 4 and moment == "while the older goes":
-            monkeypatch.setattr(
-                shutil, "rmtree", lambda folder: ((folder / "optimizer.pt").unlink(), die())
-            )
+            monkeypatch.setattr(shutil, "rmtree", remove_in_part)
         save(settings, identity, step, *rest)
         if step == 4:
             die()
@@ -149,14 +151,13 @@ def test_a_signal_that_comes_with_the_last_step_stops_before_the_comparison(
     world, whole, tmp_path, monkeypatch
 ):
     save = runs.save_checkpoint
-    monkeypatch.setattr(
-        runs,
-        "save_checkpoint",
-        lambda settings, identity, step, *rest: (
-            save(settings, identity, step, *rest),
-            os.kill(os.getpid(), signal.SIGINT) if step == 6 else None,
-        ),
-    )
+
+    def saved(settings, identity, step, *rest):
+        save(settings, identity, step, *rest)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runs, "save_checkpoint", saved)
     text = run(tmp_path / "log", options(world, tmp_path / "run"), status=1)
     assert (
         text.splitlines()[-1].startswith("stopped; go on with")
@@ -200,7 +201,7 @@ def test_a_second_signal_stops_at_once(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("stage", [(base, "quantize_model"), (report, "finish")])
+@pytest.mark.parametrize("stage", [(base, "quantize_model"), (report, "merge_and_judge")])
 def test_a_signal_before_or_after_training_says_how_to_go_on(
     world, whole, tmp_path, monkeypatch, number, stage
 ):
@@ -254,7 +255,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     shutil.rmtree(out)
     losses = iter([0.5, 0.5, 0.5, float("nan")])
     honest = train.accumulate_gradients
-    monkeypatch.setattr(train, "accumulate_gradients", lambda *a: (honest(*a), next(losses))[1])
+
+    def accumulate(*arguments):
+        honest(*arguments)
+        return next(losses)
+
+    monkeypatch.setattr(train, "accumulate_gradients", accumulate)
     text = run(tmp_path / "log", options(world, out), status=2)
     assert "step 4: the loss is nan" in text and f"last good checkpoint is {out}/step-2" in text
     assert len(metrics(out)) == 3
@@ -308,7 +314,7 @@ def test_two_runs_at_once_do_not_share_a_folder(world, tmp_path):
     try:
         wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 2, first)
         for words in (options(world, out), ["--resume", "--out", str(out)]):
-            assert f"another run is at work in {out}" in run(tmp_path / "log", words, status=2)
+            assert f"another run is using {out}" in run(tmp_path / "log", words, status=2)
     finally:
         os.kill(first, signal.SIGKILL)
         wait(first)

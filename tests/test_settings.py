@@ -37,7 +37,7 @@ def test_a_baseline_that_has_no_use_for_an_option_refuses_it(
     words = options(
         world, tmp_path / "run", **{"method": "qlora", "quantizer": None, option: value}
     )
-    assert f"--{option.replace('_', '-')} means nothing to --method qlora" in refusal(
+    assert f"--{option.replace('_', '-')} has no effect with --method qlora" in refusal(
         monkeypatch, *words
     )
 

@@ -24,7 +24,6 @@ from helpers_runs import (
     refusal,
     run,
     save_random,
-    settings_of,
     wait_for,
 )
 
@@ -176,9 +175,12 @@ def test_accumulation_and_checkpointing_do_not_change_the_losses(world, whole, t
 
 def test_checkpointing_recomputes_each_block_and_can_be_left_out(world, tmp_path, monkeypatch):
     honest = llama.checkpoint
-    monkeypatch.setattr(
-        llama, "checkpoint", lambda *a, **more: (print("recomputed later"), honest(*a, **more))[1]
-    )
+
+    def checkpoint(*arguments, **more):
+        print("recomputed later")
+        return honest(*arguments, **more)
+
+    monkeypatch.setattr(llama, "checkpoint", checkpoint)
     for wanted in (1, 0):
         text = run(
             tmp_path / "log", options(world, tmp_path / str(wanted), steps=2, checkpointing=wanted)
@@ -190,7 +192,9 @@ def test_checkpointing_recomputes_each_block_and_can_be_left_out(world, tmp_path
 
 def test_the_loss_is_the_mean_over_the_batchs_response_tokens(world, whole):
     now = Settings(**json.loads((whole / "run.json").read_text()))
-    examples, _ = train.make_examples(now, *read_records(now.data), load_tokenizer(whole))
+    examples, _ = train.make_examples(
+        *read_records(now.data), load_tokenizer(whole), now.max_length, now.seed
+    )
     batch = [examples[i] for i in batch_order(tuple(len(e.tokens) for e in examples), 4, 0, 0)]
     model, total, count = load_quantized(whole / "base", torch.float32), 0.0, 0
     for tokens, prompt_length in batch:  # one by one and without padding
@@ -208,8 +212,7 @@ def test_training_is_adamw_at_a_constant_rate_on_gradients_cut_to_clip(world, tm
     now = Settings(**json.loads((tmp_path / "run" / "run.json").read_text()))
     records, tokenizer = read_records(now.data), load_tokenizer(tmp_path / "run")
     examples, other = (
-        train.make_examples(dataclasses.replace(now, seed=seed), *records, tokenizer)[0]
-        for seed in (2, 3)
+        train.make_examples(*records, tokenizer, now.max_length, seed)[0] for seed in (2, 3)
     )
     assert [e.tokens.tolist() for e in examples] != [e.tokens.tolist() for e in other]
     torch.manual_seed(now.seed)
@@ -249,8 +252,7 @@ def test_validation_examples_are_held_out_and_what_is_cut_or_left_out_is_counted
     records = [Record("", word * n) for n, word in enumerate((NOUNS * 2)[:30], 1)] + [
         Record("a" * 400, "b")
     ]
-    now = settings_of(max_length=40, seed=3)
-    train_examples, held_out = train.make_examples(now, records, "text", tokenizer)
+    train_examples, held_out = train.make_examples(records, "text", tokenizer, 40, seed=3)
     printed = capsys.readouterr().out.splitlines()
     lengths = [
         2 + len(tokenizer.encode(r.prompt)) + len(tokenizer.encode(r.response)) for r in records
@@ -386,6 +388,6 @@ def test_the_loss_of_16_bit_logits_is_computed_in_float32():
 
 def test_at_most_200_examples_are_held_out(world):
     tokenizer = load_tokenizer(world / "weights")
-    records, now = [Record("", "house")] * 4100, settings_of(max_length=40, seed=0)
-    found = train.make_examples(now, records, "text", tokenizer)
+    records = [Record("", "house")] * 4100
+    found = train.make_examples(records, "text", tokenizer, 40, seed=0)
     assert [len(examples) for examples in found] == [3900, 200]
