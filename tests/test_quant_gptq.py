@@ -24,13 +24,11 @@ def output_error(w, quantized, hessian):
     return (square(w - dense(quantized)) / square(w)).sqrt().item()
 
 
-@given(BITS, ROWS, GROUPS, GROUP_SIZES, SEEDS, st.booleans())
-def test_plain_gptq_with_a_diagonal_hessian_is_rtn(bits, rows, groups, group_size, seed, no_inputs):
+@given(BITS, ROWS, GROUPS, GROUP_SIZES, SEEDS)
+def test_plain_gptq_without_any_input_is_rtn(bits, rows, groups, group_size, seed):
     w = integers(seed, -100, 100, rows, groups * group_size) / 64
-    diagonal = 2.0 ** integers(seed + 1, -20, 20, w.shape[1])
-    if no_inputs:
-        diagonal = torch.zeros(w.shape[1])
-    gptq = quantize_gptq(w, torch.diag(diagonal), bits, group_size, search=False)
+    no_inputs = torch.zeros(w.shape[1], w.shape[1])
+    gptq = quantize_gptq(w, no_inputs, bits, group_size, search=False)
     assert same(gptq, quantize_rtn(w, bits, group_size))
 
 

@@ -153,18 +153,6 @@ def test_a_layer_holds_what_it_was_given(bits, rows, groups, group_size, seed):
     assert not list(layer.parameters())
 
 
-@given(BITS, st.integers(1, 4), st.sampled_from([1, 2, 4, 8, 16, 32, 64]), SEEDS)
-def test_a_weight_costs_its_bits_and_its_share_of_a_scale_and_an_offset(
-    bits, rows, group_size, seed
-):
-    """bits + (16 + 32) / group size, where rows need no padding: 5.5 at 4 bits and groups of 32."""
-    quantized = random_quantized(seed, rows, 64 // group_size, group_size, bits)
-    layer = QuantLinear.from_quantized(quantized, bits)
-    stored = sum(buffer.nbytes for buffer in layer.buffers()) * 8
-    assert stored / (rows * 64) == bits + 48 / group_size
-    assert (bits, group_size) != (4, 32) or stored / (rows * 64) == 5.5
-
-
 @pytest.mark.parametrize(
     "cast",
     [

@@ -38,9 +38,7 @@ def test_without_calibration_every_linear_of_every_block_is_rounded_and_nothing_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_block_is_calibrated_on_the_outputs_of_the_quantized_blocks_before_it(
-    monkeypatch, dtype
-):
+def test_calibration_in_several_batches_and_in_bfloat16_is_on_the_same_inputs(monkeypatch, dtype):
     """GPTQ is replaced by RTN that notes its arguments.
 
     Expected is the mean of x xᵀ over each linear's inputs x in a model whose blocks before are

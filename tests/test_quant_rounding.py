@@ -48,16 +48,6 @@ def test_packed_bytes_lie_as_the_docstring_says(bits, rows, width, seed):
     assert pack(codes, bits).tolist() == [packed_by_hand(row, bits) for row in codes.tolist()]
 
 
-@given(BITS, ROWS, st.integers(1, 100), SEEDS)
-def test_unpacking_inverts_packing_at_exactly_bits_a_code(bits, rows, width, seed):
-    codes = integers(seed, 0, 2**bits - 1, rows, width, dtype=torch.uint8)
-    packed = pack(codes, bits)
-    padded = (width + 31) // 32 * 32
-    assert packed.dtype == torch.uint8 and packed.shape == (rows, packed_width(width, bits))
-    assert packed.shape[1] * 8 == padded * bits
-    assert same([unpack(packed, bits, width)], [codes])
-
-
 @given(BITS, ROWS, st.integers(1, 3), SEEDS)
 def test_every_byte_string_is_some_packing(bits, rows, blocks, seed):
     packed = integers(seed, 0, 255, rows, blocks * 4 * bits, dtype=torch.uint8)
@@ -100,7 +90,7 @@ def test_rtn_is_the_rounding_by_hand(bits, rows, groups, group_size, seed, expon
 
 
 @given(BITS, ROWS, GROUPS, GROUP_SIZES, SEEDS, st.integers(-149, 13), st.integers(-30, 30))
-def test_rtn_is_within_half_a_scale_of_every_weight(
+def test_rtn_is_within_half_a_scale_at_every_magnitude(
     bits, rows, groups, group_size, seed, exponent, shift
 ):
     """But for rounding: w - offset and the division by scale each err by 2^-24 of 2^bits codes."""

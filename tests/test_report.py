@@ -5,7 +5,7 @@ import json
 import numpy
 import pytest
 import torch
-from helpers_runs import options, run
+from helpers_runs import RECORDS, options, run
 
 import evals
 import llama
@@ -78,3 +78,12 @@ def test_the_loss_curve_is_drawn(world, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     run(tmp_path / "log", [*options(world, tmp_path / "run"), "--plot"])
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_validation_examples_the_bits_are_compared_all_the_same(world, tmp_path):
+    (tmp_path / "five.json").write_text(json.dumps(RECORDS[:5]))
+    words = options(world, tmp_path / "run", data=tmp_path / "five.json", steps=1)
+    text = run(tmp_path / "log", words)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["validation_examples"] == 0 and results["bit_identical"] is True
+    assert "bit identical: True" in text
