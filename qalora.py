@@ -32,7 +32,10 @@ class QALoRALinear(nn.Module):
     def __init__(self, base: QuantLinear, rank: int, alpha: float):
         super().__init__()
         out_features, groups = base.offset.shape
-        self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
+        self.base = base
+        self.rank = rank
+        self.alpha = alpha
+        self.scaling = alpha / rank
         a = torch.empty(rank, groups, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: the same on any device
         b = torch.zeros(out_features, rank, dtype=torch.float32)  # so B A = 0 at first

@@ -414,9 +414,12 @@ class QuantLinear(nn.Module):
         super().__init__()
         fits = in_features % group_size == 0
         assert fits, f"group size {group_size} does not divide {in_features} inputs"
-        self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group_size = bits, group_size
-        width, groups = packed_width(in_features, bits), in_features // group_size
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        self.group_size = group_size
+        width = packed_width(in_features, bits)
+        groups = in_features // group_size
         self.register_buffer("packed", torch.empty(out_features, width, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(out_features, groups, dtype=torch.float16))
         self.register_buffer("offset", torch.empty(out_features, groups, dtype=torch.float32))
@@ -567,16 +570,6 @@ def check_group_size(config: LlamaConfig, group_size: int):
                 f"model.layers.0.{layer}: group size {group_size} does not divide its {inputs} "
                 f"inputs; choose one of {', '.join(fitting)}"
             )
-
-
-def quantized_skeleton(config: LlamaConfig, bits: int, group_size: int) -> Llama:
-    """A Llama on the meta device whose blocks have QuantLinears: shapes without memory."""
-    with torch.device("meta"):
-        model = Llama(config)
-        for path, layer in linears(model):
-            packed = QuantLinear(layer.in_features, layer.out_features, bits, group_size)
-            model.set_submodule(path, packed)
-    return model
 
 
 def bits_per_weight(model: nn.Module) -> float:

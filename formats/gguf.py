@@ -30,9 +30,8 @@ from cli.errors import UserError
 from cli.files import written_whole
 from formats.files import GGUF_REST, checked_config, fill, open_file
 from formats.q4_1 import from_q4_1, quantized_layers, rotary_heads, to_q4_1, vocabulary
-from formats.quantized import save_quantized
+from formats.quantized import quantized_skeleton, save_quantized
 from llama import LINEARS, Llama, LlamaConfig
-from quant import quantized_skeleton
 
 TENSORS = {  # llama.cpp's name of each module
     "model.embed_tokens": "token_embd",

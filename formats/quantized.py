@@ -17,7 +17,7 @@ from cli.files import read_json, written_whole
 from formats import huggingface
 from formats.files import GGUF_REST, load_tensors, write_config
 from llama import Llama, LlamaConfig, linears
-from quant import check_group_size, quantized_skeleton
+from quant import QuantLinear, check_group_size
 
 read_config = huggingface.read_config
 
@@ -51,6 +51,16 @@ def skeleton(path: pathlib.Path) -> Llama:
         return nf4_skeleton(config)
     check_group_size(config, quantization["group_size"])
     return quantized_skeleton(config, quantization["bits"], quantization["group_size"])
+
+
+def quantized_skeleton(config: LlamaConfig, bits: int, group_size: int) -> Llama:
+    """A Llama on the meta device whose blocks have QuantLinears: shapes without memory."""
+    with torch.device("meta"):
+        model = Llama(config)
+        for path, layer in linears(model):
+            packed = QuantLinear(layer.in_features, layer.out_features, bits, group_size)
+            model.set_submodule(path, packed)
+    return model
 
 
 def nf4_skeleton(config: LlamaConfig) -> Llama:

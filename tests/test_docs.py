@@ -20,9 +20,9 @@ import compare
 from cli.comparison import differences, summary
 from cli.settings import option_parser
 from cli.toy import table
+from formats.quantized import quantized_skeleton
 from llama import CONFIGS, Llama
 from qalora import adapter_parameters, add_adapters
-from quant import quantized_skeleton
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+) ?([\w-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

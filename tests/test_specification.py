@@ -19,7 +19,7 @@ from torch import nn
 import quant
 import train
 from cli.errors import UserError
-from formats import adapter, huggingface, load_model
+from formats import adapter, huggingface, load_model, quantized
 from llama import CONFIGS, LINEARS, Llama, LlamaConfig, linears
 from merge import merge
 from qalora import LoRALinear, QALoRALinear, adapter_parameters, add_adapters
@@ -195,7 +195,7 @@ def test_the_trainable_parameters_are_the_papers():
     table = {"7b": [160, 89], "13b": [250, 140], "33b": [488, 272], "65b": [800, 447]}
     for size, millions in table.items():
         with torch.device("meta"):
-            models = Llama(CONFIGS[size]), quant.quantized_skeleton(CONFIGS[size], 4, 32)
+            models = Llama(CONFIGS[size]), quantized.quantized_skeleton(CONFIGS[size], 4, 32)
             parameters = [add_adapters(model, 64, 16).parameters() for model in models]
         trainable = [sum(p.numel() for p in ps if p.requires_grad) for ps in parameters]
         assert [round(n / 1e6) for n in trainable] == millions
