@@ -6,6 +6,7 @@ that still holds, the base is not made again.
 
 import hashlib
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -17,7 +18,7 @@ from sentencepiece import SentencePieceProcessor
 import formats
 from baselines import quantize_model_nf4
 from cli.errors import UserError
-from cli.files import written_whole
+from cli.files import is_leftover, read_json, remove, written_whole
 from cli.machine import compute_dtype, trim_heap
 from cli.runs import checkpoints, newest_checkpoint, set_adapter_aside
 from cli.settings import Settings, config_of, save_settings
@@ -32,6 +33,10 @@ from text.instructions import Record, read_records
 from text.tokenizer import load_tokenizer
 from text.toy import World, make_world
 
+# What a run writes, and what makes a folder a model's
+PARTS = ("base", "adapter", "previous-adapter", "merged")
+FILES = ("metrics.jsonl", "results.json", "loss.png", "config.json", "params.json")
+
 
 def prepare(settings: Settings, world: World | None, records: list[Record]):
     """What one process does for all: the run's folder, the tiny model where wanted, the base.
@@ -39,6 +44,7 @@ def prepare(settings: Settings, world: World | None, records: list[Record]):
     Raises UserError for what would go wrong later: weights, disk room, an unfinished earlier run.
     """
     out = pathlib.Path(settings.out)
+    check_out(settings, out)
     check_unfinished(settings, out)
     needs_pretraining = not settings.weights and (
         settings.fresh or not (TOY_BASE / "config.json").exists()
@@ -63,6 +69,32 @@ def prepare(settings: Settings, world: World | None, records: list[Record]):
         start_over(settings)
 
 
+def check_out(settings: Settings, out: pathlib.Path):
+    """Raises UserError where the run would overwrite its own weights, or what is no run's."""
+    another, source = "choose another --out", source_of(settings.weights)
+    written = (out / "base").resolve(), (out / "merged").resolve()  # they may be links
+    inside = any(source.resolve().is_relative_to(folder) for folder in written)
+    if inside or source.resolve() == out.resolve():
+        raise UserError(f"--out {out} would overwrite the weights {source}; {another}")
+    for folder in (out.resolve(), *out.resolve().parents):
+        is_part = folder.name in PARTS or folder in checkpoints(folder.parent)
+        if is_part and (folder.parent / "run.json").exists():
+            raise UserError(f"--out {out} is inside the run {folder.parent}; {another}")
+    record = out / "run.json"
+    if not record.exists():
+        for path in (*(out / name for name in (*PARTS, *FILES)), *checkpoints(out)):
+            if path.exists():
+                raise UserError(f"--out {out} has a {path.name} that is no run's; {another}")
+        return
+    kept = read_json(record).get("weights")
+    replaced = (out / "adapter").exists() and not (settings.resume or settings.fresh)
+    if replaced and pathlib.Path(kept or TOY_BASE).resolve() != source.resolve():
+        raise UserError(
+            f"--out {out} holds the finished run of {kept or 'the toy world'}; {another}, or "
+            "replace it with --fresh"
+        )
+
+
 def check_unfinished(settings: Settings, out: pathlib.Path):
     """Raises UserError where a run in the folder would be lost, or is further than --steps."""
     newest = newest_checkpoint(out)
@@ -82,18 +114,16 @@ def check_unfinished(settings: Settings, out: pathlib.Path):
 
 def remove_leftovers(out: pathlib.Path):
     """Removes what a run that was killed while it wrote has left."""
-    for leftover in [*out.glob(".*.unfinished"), *out.glob(".*.old")]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+    for path in out.iterdir():
+        if is_leftover(path):
+            remove(path)
 
 
 def start_over(settings: Settings):
     """Clears an earlier run away, but keeps its adapter as previous-adapter/; writes run.json."""
     out = pathlib.Path(settings.out)
     for folder in checkpoints(out):  # renamed first: half a folder is no checkpoint
-        shutil.rmtree(folder.rename(out / f".{folder.name}.unfinished"))
+        remove(folder.rename(out / f".{folder.name}.{os.getpid()}.unfinished"))
     set_adapter_aside(out)
     save_settings(settings)
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ def written_whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    _remove(beside)
+    remove(beside)
     try:
         yield beside
         if path.is_dir() and not beside.is_dir():
@@ -36,7 +37,7 @@ def written_whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
             beside.rename(path)
-            _remove(old)
+            remove(old)
         else:
             beside.replace(path)
     except OSError as e:
@@ -45,19 +46,28 @@ def written_whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
             e.filename = str(named)
         raise
     finally:
-        _remove(beside)
+        remove(beside)
 
 
 def _flush_to_disk(file):
+    umask = os.umask(0)  # it cannot be read otherwise
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)  # safetensors keeps its files from all others
     with file.open("rb") as f:
         os.fsync(f.fileno())
 
 
-def _remove(path):
-    if path.is_dir():
+def remove(path: pathlib.Path):
+    """Removes a file or a folder, of a link only the link; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def is_leftover(path: pathlib.Path) -> bool:
+    """Whether `path` is what a process that was killed in `written_whole` has left."""
+    return re.fullmatch(r"\..+\.\d+\.(unfinished|old)", path.name) is not None
 
 
 def new_file(text: str) -> pathlib.Path:
@@ -84,7 +94,7 @@ def read_json(path: pathlib.Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not valid JSON ({e}); fetch the file again") from None
+        raise UserError(f"{path}: not valid JSON ({e}); correct it, or fetch it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {json.dumps(content)[:40]}")
     return content

@@ -30,6 +30,7 @@ def merge_and_compare(model: nn.Module, examples: list[Example], batch_size: int
 @torch.inference_mode()
 def logits_digest(model: nn.Module, examples: list[Example], batch_size: int) -> str:
     """SHA-256 over the bits of all logits of the examples: equal digests mean equal logits."""
+    assert examples, "the digest of nothing would be equal to any other"
     sha = hashlib.sha256()
     device = next(model.parameters()).device
     for i in range(0, len(examples), batch_size):
@@ -62,7 +63,7 @@ def merge_and_judge(
     results["bit_identical"] = merge_and_compare(model, held_out or train[:4], size)
     for name, value in results.items():
         print(f"{name.replace('_', ' ')}: {value}")
-    print(f"Next: python merge.py {quote(str(out))} --out {quote(f'merged/{out.name}')}")
+    print(f"Next: python merge.py {quote(str(out))} --out {quote(f'merged/{out.resolve().name}')}")
     return results
 
 

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from cli import machine
 from cli.errors import UserError
-from cli.files import read_json, write_json, written_whole
+from cli.files import read_json, remove, write_json, written_whole
 from cli.machine import memory_in_use
 from cli.settings import Settings, as_text
 from formats.adapter import restore_adapter, save_adapter
@@ -288,7 +287,7 @@ def save_checkpoint(
         ) from e
     for folder in checkpoints(out):
         if folder.name != f"step-{step}":
-            shutil.rmtree(folder)
+            remove(folder)
 
 
 def load_checkpoint(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -319,7 +318,7 @@ def load_checkpoint(settings: Settings, model: nn.Module, optimizer: torch.optim
 def set_adapter_aside(out: pathlib.Path):
     """Renames the result of the run before to previous-adapter/, replacing an older one."""
     if (out / "adapter").exists():
-        shutil.rmtree(out / "previous-adapter", ignore_errors=True)
+        remove(out / "previous-adapter")
         (out / "adapter").rename(out / "previous-adapter")
 
 

@@ -124,7 +124,9 @@ def option_parser(description: str) -> Parser:
     add("--seed", type=int, help="decides the adapters' first values and the data's order (0)")
     add("--device", help="cpu or cuda (cuda where there is one)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--fresh", action="store_true", help="make the tiny model and the quantized base again")
+    add(
+        "--fresh", action="store_true", help="make all again, though it is there, or is another run"
+    )
     add("--plot", action="store_true", help="draw the loss to loss.png (needs matplotlib)")
     return parser
 
@@ -139,6 +141,8 @@ def read_settings(description: str) -> Settings:
     for name, value in given.items():
         if value == "":  # such as an unset variable of the shell
             raise UserError(f"{option(name)} is empty; give it a value or leave it out")
+        if not str(value).isprintable():  # a control character, or bytes that are no UTF-8
+            raise UserError(f"{option(name)} {value!r} has characters that cannot be printed")
     this_start = {name: given.pop(name) for name in THIS_START}
     if this_start["resume"] and this_start["fresh"]:
         raise UserError(
@@ -242,13 +246,16 @@ def resumed(given: dict, parser: Parser) -> dict:
             null = values.get(field.name) is None and field.name not in may_be_null
             if field.name not in THIS_START and (field.name not in values or null):
                 raise ValueError(f"it lacks {field.name}")
+        if values["model"] not in (None, *CONFIGS):
+            raise ValueError(f"there is no model {values['model']!r}")
         words = [f"{option(name)}={v}" for name, v in values.items() if v is not None]
         values |= typed(parser.parse_args(words))
         for name in THIS_START:
             values.pop(name)
     except (ValueError, UserError) as e:
         raise UserError(
-            f"{path} is damaged ({e}); remove {path.parent}/step-* and start without --resume"
+            f"{path} is damaged ({e}); correct it, or remove {path.parent}/step-* and start "
+            "without --resume"
         ) from e
     for name, value in given.items():
         if name not in CHANGEABLE and values.get(name) != value:
@@ -290,7 +297,6 @@ def check(settings: Settings):
     if settings.method == "qalora":
         check_group_size(config, settings.group_size)
     if settings.weights:
-        check_not_inside(settings.weights, settings.out)
         check_quantized_weights(settings)
     check_targets(settings.targets.split(","))
     if settings.weights and not settings.data:
@@ -309,16 +315,6 @@ def check(settings: Settings):
     take_device(settings.device)
     check_tokenizer(settings, config)
     check_writable(pathlib.Path(settings.out))
-
-
-def check_not_inside(weights: str, out: str):
-    """Raises UserError when the run would be written over the weights that it starts from."""
-    source, run = pathlib.Path(weights).resolve(), pathlib.Path(out).resolve()
-    written = (run / "base", run / "merged")
-    if source == run or any(source.is_relative_to(folder) for folder in written):
-        raise UserError(
-            f"--out {out} would overwrite the weights that it starts from; choose another --out"
-        )
 
 
 def check_size(settings: Settings, config: LlamaConfig):

@@ -54,8 +54,6 @@ def test_a_base_is_reused_unless_it_would_be_another(world, tmp_path):
         dict(bits=3),
         dict(group_size=16),
         dict(quantizer="gptq"),
-        dict(weights=world / "other-weights"),
-        dict(quantizer="gptq"),
         dict(quantizer="gptq", calibration_tokens=512),
         dict(quantizer="gptq", calibration=world / "fewer.json"),
         dict(fresh=""),
@@ -69,6 +67,14 @@ def test_a_base_is_reused_unless_it_would_be_another(world, tmp_path):
             for k, v in change.items()
             if k in ("bits", "group_size", "quantizer")
         ), change
+
+
+def test_weights_that_have_changed_in_place_make_the_base_again(world, tmp_path):
+    weights = shutil.copytree(world / "weights", tmp_path / "weights")
+    words = options(world, tmp_path / "run", weights=weights, steps=1)
+    run(tmp_path / "log", words)
+    shutil.copy(world / "other-weights" / "model.safetensors", weights)
+    assert "making it again" in run(tmp_path / "log", words)
 
 
 def test_a_new_run_in_a_finished_ones_folder_keeps_only_that_ones_adapter(world, whole, tmp_path):

@@ -38,6 +38,7 @@ def test_resuming_refuses_what_would_be_another_run(world, whole, tmp_path, monk
         dict(bits=[4]),
         dict(checkpointing=True),
         dict(method="other"),
+        dict(model="tinyy"),
         dict(resume=True),
         dict(speed=1),
     ):
@@ -209,3 +210,12 @@ def test_files_that_have_moved_are_named_anew_on_resuming(world, tmp_path):
     )
     run(tmp_path / "log", options(world, tmp_path / "whole", steps=4, **words, **named(there)))
     assert adapter(out) == adapter(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_is_a_link_is_resumed_and_only_the_link_goes(world, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "step-6").rename(tmp_path / "elsewhere")
+    (out / "step-6").symlink_to(tmp_path / "elsewhere")
+    run(tmp_path / "log", ["--resume", "--out", str(out), "--steps", "8"])
+    assert [path.name for path in out.glob("step-*")] == ["step-8"]
+    assert (tmp_path / "elsewhere" / "optimizer.pt").exists()

@@ -4,9 +4,11 @@ import os
 import pathlib
 
 import pytest
+import torch
 from helpers import ending
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from cli import files
 from cli.errors import UserError
@@ -144,3 +146,21 @@ def test_the_folder_one_is_in_can_be_written(tmp_path, monkeypatch):
 
 def test_a_folder_that_takes_no_file_is_refused_before_the_work(capsys):
     assert ending(capsys, lambda: new_file("/proc/file"))[0] == 2
+
+
+def test_what_is_written_can_be_read_by_those_whom_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with written_whole(tmp_path / "folder") as folder:
+            folder.mkdir()
+            save_file({"a": torch.ones(1)}, folder / "a.safetensors")  # its library writes 0600
+    finally:
+        os.umask(before)
+    assert (tmp_path / "folder" / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_only_a_name_of_our_own_is_a_leftover(tmp_path):
+    for name in (".base.12.unfinished", ".step-1.7.old"):
+        assert files.is_leftover(tmp_path / name)
+    for name in (".env.old", "base.12.old", ".base.old", ".base.x.old", ".base.12.old.bak"):
+        assert not files.is_leftover(tmp_path / name)

@@ -255,34 +255,6 @@ def test_a_plot_without_matplotlib_is_refused_at_once(world, tmp_path, monkeypat
     assert not (tmp_path / "run" / "base").exists()
 
 
-def contents(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-@pytest.mark.parametrize("inside", ["", "base", "base/copy", "merged"])
-def test_a_run_is_not_written_over_the_weights_that_it_starts_from(
-    world, whole, tmp_path, monkeypatch, inside
-):
-    out = shutil.copytree(whole, tmp_path / "run")
-    if not (out / inside).exists():
-        shutil.copytree(whole / "base", out / inside)
-    before = contents(out)
-    words = options(world, out, weights=out / inside, quantizer=None)
-    assert "would overwrite the weights" in refusal(monkeypatch, *words)
-    assert contents(out) == before
-
-
-def test_a_run_in_the_default_folder_is_not_written_over_itself(
-    world, whole, tmp_path, monkeypatch
-):
-    out = shutil.copytree(whole, tmp_path / "runs" / "run")
-    before = contents(out)
-    monkeypatch.chdir(tmp_path)
-    message = refusal(monkeypatch, "--weights", "runs/run", "--data", world / "records.json")
-    assert "--out runs/run would overwrite the weights" in message
-    assert contents(out) == before
-
-
 @pytest.mark.parametrize("name", ["calibration", "weights", "lr"])
 def test_a_run_json_that_lacks_a_setting_is_damaged(whole, tmp_path, monkeypatch, name):
     out = shutil.copytree(whole, tmp_path / "run")
@@ -291,3 +263,12 @@ def test_a_run_json_that_lacks_a_setting_is_damaged(whole, tmp_path, monkeypatch
     (out / "run.json").write_text(json.dumps(kept))
     message = refusal(monkeypatch, "--resume", "--out", out)
     assert f"run.json is damaged (it lacks {name})" in message
+
+
+@pytest.mark.parametrize("name", ["run\ncaf\u00e9", "run\udce9"])
+def test_a_name_that_cannot_be_printed_is_refused_before_anything_is_made(
+    world, tmp_path, monkeypatch, name
+):
+    message = refusal(monkeypatch, *options(world, tmp_path / name))
+    assert message.startswith("--out") and "cannot be printed" in message
+    assert not list(tmp_path.iterdir())
