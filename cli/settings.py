@@ -124,9 +124,7 @@ def option_parser(description: str) -> Parser:
     add("--seed", type=int, help="decides the adapters' first values and the data's order (0)")
     add("--device", help="cpu or cuda (cuda where there is one)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add(
-        "--fresh", action="store_true", help="make all again, though it is there, or is another run"
-    )
+    add("--fresh", action="store_true", help="make all again, also in another run's place")
     add("--plot", action="store_true", help="draw the loss to loss.png (needs matplotlib)")
     return parser
 
