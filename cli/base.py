@@ -71,28 +71,38 @@ def prepare(settings: Settings, world: World | None, records: list[Record]):
 
 def check_out(settings: Settings, out: pathlib.Path):
     """Raises UserError where the run would overwrite its own weights, or what is no run's."""
-    another, source = "choose another --out", source_of(settings.weights)
-    written = (out / "base").resolve(), (out / "merged").resolve()  # they may be links
-    inside = any(source.resolve().is_relative_to(folder) for folder in written)
-    if inside or source.resolve() == out.resolve():
+    source, run = source_of(settings.weights).resolve(), out.resolve()
+    made = [(out / part).resolve() for part in ("base", "merged")]  # they may be links
+    another = "choose another --out"
+    if source == run or any(source.is_relative_to(folder) for folder in made):
         raise UserError(f"--out {out} would overwrite the weights {source}; {another}")
-    for folder in (out.resolve(), *out.resolve().parents):
-        is_part = folder.name in PARTS or folder in checkpoints(folder.parent)
-        if is_part and (folder.parent / "run.json").exists():
+    for folder in (run, *run.parents):
+        if (folder.parent / "run.json").exists() and is_part(folder):
             raise UserError(f"--out {out} is inside the run {folder.parent}; {another}")
-    record = out / "run.json"
-    if not record.exists():
+    if not (out / "run.json").exists():
         for path in (*(out / name for name in (*PARTS, *FILES)), *checkpoints(out)):
             if path.exists():
                 raise UserError(f"--out {out} has a {path.name} that is no run's; {another}")
-        return
-    kept = read_json(record).get("weights")
-    replaced = (out / "adapter").exists() and not (settings.resume or settings.fresh)
-    if replaced and pathlib.Path(kept or TOY_BASE).resolve() != source.resolve():
-        raise UserError(
-            f"--out {out} holds the finished run of {kept or 'the toy world'}; {another}, or "
-            "replace it with --fresh"
-        )
+    elif (out / "adapter").exists() and not (settings.resume or settings.fresh):
+        started_from = source_in_run_json(out)
+        if started_from not in (source, None):
+            raise UserError(
+                f"--out {out} holds the finished run of {started_from}; {another}, or replace it "
+                "with --fresh"
+            )
+
+
+def is_part(folder: pathlib.Path) -> bool:
+    """Whether `folder`, in the folder of a run, is what runs write there."""
+    return folder.name in PARTS or folder in checkpoints(folder.parent)
+
+
+def source_in_run_json(out: pathlib.Path) -> pathlib.Path | None:
+    """The weights that the run in a folder started from; None where run.json is damaged."""
+    try:
+        return source_of(read_json(out / "run.json").get("weights")).resolve()
+    except (UserError, TypeError, ValueError):
+        return None
 
 
 def check_unfinished(settings: Settings, out: pathlib.Path):

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import sys
+import unicodedata
 
 import torch
 
@@ -139,8 +140,10 @@ def read_settings(description: str) -> Settings:
     for name, value in given.items():
         if value == "":  # such as an unset variable of the shell
             raise UserError(f"{option(name)} is empty; give it a value or leave it out")
-        if not str(value).isprintable():  # a control character, or bytes that are no UTF-8
-            raise UserError(f"{option(name)} {value!r} has characters that cannot be printed")
+        if any(unicodedata.category(c) in ("Cc", "Cs") for c in str(value)):
+            raise UserError(  # a control character, or a byte that is no UTF-8
+                f"{option(name)} {value!r} has characters that cannot be printed; rename it"
+            )
     this_start = {name: given.pop(name) for name in THIS_START}
     if this_start["resume"] and this_start["fresh"]:
         raise UserError(

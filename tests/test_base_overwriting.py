@@ -78,6 +78,24 @@ def test_only_what_a_killed_process_left_is_removed(world, tmp_path):
     assert [path.name for path in out.glob(".*")] == [".env.old"]
 
 
+@pytest.mark.parametrize(
+    "content", ['{"steps": 3', "[]", '{"weights": 5}', '{"weights": "a\\u0000"}']
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_over_a_damaged_run_json_one_starts_over_as_the_message_says(
+    world, whole, tmp_path, monkeypatch, content, finished
+):
+    out = shutil.copytree(whole, tmp_path / "run")
+    if not finished:
+        shutil.rmtree(out / "adapter")
+    (out / "run.json").write_text(content)
+    advice = f"remove {out}/step-* and start without --resume"
+    assert advice in refusal(monkeypatch, "--resume", "--out", out)
+    shutil.rmtree(out / "step-6")
+    run(tmp_path / "log", options(world, out))
+    assert adapter(out) == adapter(whole)
+
+
 def test_a_finished_run_is_not_replaced_by_one_of_other_weights_unless_told_so(
     world, whole, tmp_path, monkeypatch
 ):

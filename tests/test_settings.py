@@ -272,3 +272,11 @@ def test_a_name_that_cannot_be_printed_is_refused_before_anything_is_made(
     message = refusal(monkeypatch, *options(world, tmp_path / name))
     assert message.startswith("--out") and "cannot be printed" in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "\u65b0\u3057\u3044\u3000\u7d19", "\U0001f468\u200d\U0001f467"]
+)
+def test_spaces_and_letters_of_any_writing_may_stand_in_names(world, tmp_path, name):
+    run(tmp_path / "log", options(world, tmp_path / name, steps=1))
+    assert (tmp_path / name / "adapter").exists()
