@@ -117,7 +117,8 @@ def adamw(parameters: Sequence[nn.Parameter], lr: float, paged: bool) -> torch.o
 def run(settings: Settings):
     """A whole run: data, base, adapters, training, merging, judging."""
     out = pathlib.Path(settings.out)
-    is_first, seed, max_length = machine.RANK == 0, settings.seed, settings.max_length
+    is_first = machine.RANK == 0
+    max_length, seed = settings.max_length, settings.seed
     world = None if settings.data else make_world()
     records, form = (world.train, "toy world") if world else read_records(settings.data)
     if settings.weights:  # so that bad data is found before anything slow
@@ -188,10 +189,11 @@ def train_adapters(
         done,
     )
 
-    def loss_now():
-        return evals.response_loss(model, held_out or examples[:4], settings.micro_batch_size)
+    def loss_on(some):
+        return evals.response_loss(model, some, settings.micro_batch_size)
 
-    runs.record(steps, settings, identity, model, optimizer, done, loss_now, bool(held_out))
+    few = examples[:4]
+    runs.record(steps, settings, identity, model, optimizer, done, loss_on, held_out, few)
 
 
 def make_examples(

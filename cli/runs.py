@@ -28,6 +28,7 @@ from cli.files import read_json, remove, write_json, written_whole
 from cli.machine import memory_in_use
 from cli.settings import Settings, as_text
 from formats.adapter import restore_adapter, save_adapter
+from text.batches import Example
 
 # A checkpoint can only be resumed if these settings, and base and data, are what they were
 LASTING = (
@@ -120,15 +121,17 @@ def record(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     done: int,
-    loss_now: Callable[[], float],
-    validates: bool,
+    loss_on: Callable[[list[Example]], float],
+    held_out: list[Example],
+    few: list[Example],
 ):
     """Runs the training loop `steps` to its end, or to a signal: progress, metrics, checkpoints.
 
     steps: yields a dict with step, loss, grad_norm and tokens after every optimizer step.
     identity: what else a resumed run must share (the base and the examples).
-    done: the steps that were done before. loss_now: called before a checkpoint is saved, so that
-    none is of a model that has diverged. validates: its value is the validation loss.
+    done: the steps that were done before. loss_on: called before a checkpoint is saved, so that
+    none is of a model that has diverged; on the examples `held_out`, if any, or else on a `few`,
+    and on a signal too, as nobody waits then for the validation of a large model.
     Raises UserError, naming the last good checkpoint, when a number is not finite.
     """
     out = pathlib.Path(settings.out)
@@ -148,10 +151,11 @@ def record(
             last, stop = step == settings.steps, in_any_process(signals, settings.device)
             save = step % settings.save_every == 0 or last or stop
             if save:
-                value = loss_now()
+                validates = bool(held_out) and not stop
+                value = loss_on(held_out if validates else few)
                 label = "validation loss" if validates else "loss"
                 check_finite(out, step, f"{label} after this step", value)
-                if validates and not stop:
+                if validates:
                     line["validation_loss"] = value
             write_metrics(line)  # before the checkpoint, as resuming can only cut lines off
             if save:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -24,6 +25,7 @@ from helpers_runs import (
 )
 from hypothesis import given, settings
 
+import evals
 import train
 from cli import base, report, runs
 from cli.errors import UserError
@@ -183,6 +185,40 @@ def test_a_signal_that_comes_while_a_checkpoint_is_saved_stops_after_the_next_st
         tmp_path / "log", options(world, tmp_path / "run"), status=1
     )
     assert runs.newest_checkpoint(tmp_path / "run").name == "step-3"
+
+
+def signalled(monkeypatch, step):
+    """Lets a signal come while that step is computed."""
+    honest, calls = train.accumulate_gradients, iter(range(1, 100))
+
+    def accumulate(*arguments):
+        if next(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(*arguments)
+
+    monkeypatch.setattr(train, "accumulate_gradients", accumulate)
+
+
+def test_a_signal_does_not_wait_for_the_validation(world, tmp_path, monkeypatch):
+    honest, out = evals.response_loss, tmp_path / "run"
+
+    def response_loss(model, examples, *rest):
+        print(f"loss on {len(examples)} examples.")
+        return honest(model, examples, *rest)
+
+    monkeypatch.setattr(evals, "response_loss", response_loss)
+    signalled(monkeypatch, 3)
+    text = run(tmp_path / "log", options(world, out, save_every=2), status=1)
+    assert re.findall(r"loss on (\d+) examples", text) == ["2", "4"]  # of 48, 2 are held out
+    losses = [loss for (loss,) in metrics(out, "validation_loss")]
+    assert (out / "step-3").exists() and losses == [None, losses[1], None] and losses[1] > 0
+
+
+def test_a_model_that_diverged_is_not_saved_on_a_signal_either(world, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    signalled(monkeypatch, 1)
+    text = run(tmp_path / "log", options(world, out, lr=1e30), status=2)
+    assert "step 1: the loss after this step is nan" in text and not list(out.glob("step-*"))
 
 
 def test_a_second_signal_stops_at_once(world, tmp_path, monkeypatch):
