@@ -32,6 +32,7 @@ def written_whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
             raise UserError(f"{named} is a folder; name a file")
         for file in [beside, *beside.rglob("*")]:
             if file.is_file():
+                _let_others_read(file)
                 _flush_to_disk(file)
         if path.is_dir():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -49,10 +50,13 @@ def written_whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         remove(beside)
 
 
-def _flush_to_disk(file):
+def _let_others_read(file):  # as the umask allows; safetensors keeps its files from all others
     umask = os.umask(0)  # it cannot be read otherwise
     os.umask(umask)
-    file.chmod(0o666 & ~umask)  # safetensors keeps its files from all others
+    file.chmod(0o666 & ~umask)
+
+
+def _flush_to_disk(file):
     with file.open("rb") as f:
         os.fsync(f.fileno())
 

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import sys
+import typing
 import unicodedata
 
 import torch
@@ -242,10 +243,10 @@ def resumed(given: dict, parser: Parser) -> dict:
         )
     try:
         values = read_json(path)
-        may_be_null = ("model", "weights", "tokenizer", "data", "calibration")
         for field in dataclasses.fields(Settings):
-            null = values.get(field.name) is None and field.name not in may_be_null
-            if field.name not in THIS_START and (field.name not in values or null):
+            may_be_null = type(None) in typing.get_args(field.type)
+            kept = field.name in values and (may_be_null or values[field.name] is not None)
+            if not (kept or field.name in THIS_START):
                 raise ValueError(f"it lacks {field.name}")
         if values["model"] not in (None, *CONFIGS):
             raise ValueError(f"there is no model {values['model']!r}")

@@ -247,3 +247,8 @@ def quantized_llama(seed=0, bits=3, group_size=8):
     """Two layers, rounded to nearest."""
     torch.manual_seed(seed)
     return quantize_model(Llama(TWO_LAYERS), bits, group_size)
+
+
+def contents(folder):
+    """{path inside the folder: bytes} of every file in it."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -13,6 +13,7 @@ import time
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers import contents
 from helpers_runs import (
     CONFIG,
     ENGLISH,
@@ -73,8 +74,10 @@ def test_weights_that_have_changed_in_place_make_the_base_again(world, tmp_path)
     weights = shutil.copytree(world / "weights", tmp_path / "weights")
     words = options(world, tmp_path / "run", weights=weights, steps=1)
     run(tmp_path / "log", words)
+    before = contents(tmp_path / "run" / "base")
     shutil.copy(world / "other-weights" / "model.safetensors", weights)
     assert "making it again" in run(tmp_path / "log", words)
+    assert contents(tmp_path / "run" / "base") != before
 
 
 def test_a_new_run_in_a_finished_ones_folder_keeps_only_that_ones_adapter(world, whole, tmp_path):
@@ -144,11 +147,19 @@ def with_nan(world, tmp_path):
     return dict(weights=folder)
 
 
-@pytest.mark.parametrize("wrong", ["calibration", "weights", "quantized weights", "a weight"])
-def test_a_refused_file_leaves_the_finished_run_that_was_there(world, whole, tmp_path, wrong):
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ("calibration", "bad.json holds no records"),
+        ("weights", "truncated or corrupt"),
+        ("quantized weights", "truncated or corrupt"),
+        ("a weight", "has NaN or infinite values"),
+    ],
+)
+def test_a_refused_file_leaves_the_finished_run_that_was_there(world, whole, tmp_path, wrong, says):
     out = tmp_path / "run"
     run(tmp_path / "log", options(world, out, steps=1))
-    before = {file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    before = contents(out)
     (tmp_path / "bad.json").write_text("[]")
     changed = {
         "calibration": lambda: dict(quantizer="gptq", calibration=tmp_path / "bad.json"),
@@ -156,10 +167,9 @@ def test_a_refused_file_leaves_the_finished_run_that_was_there(world, whole, tmp
         "quantized weights": lambda: cut_short(world, tmp_path, "whole/base"),
         "a weight": lambda: with_nan(world, tmp_path),
     }[wrong]()
-    run(tmp_path / "log", options(world, out, **changed), status=2)
-    assert {
-        file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()
-    } == before
+    words = [*options(world, out, **changed), "--fresh"]  # as the weights are others
+    assert says in run(tmp_path / "log", words, status=2)
+    assert contents(out) == before
 
 
 def test_gptq_is_calibrated_on_the_training_data_or_what_is_named(world, tmp_path):

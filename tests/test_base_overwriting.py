@@ -3,11 +3,8 @@
 import shutil
 
 import pytest
+from helpers import contents
 from helpers_runs import adapter, options, refusal, run
-
-
-def contents(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("inside", ["", "base", "base/copy", "merged"])

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from helpers import same
+from helpers import contents, same
 from helpers_merge import SMALL, quantized_llama, tokens, trained
 
 import merge
@@ -56,14 +56,6 @@ def command(monkeypatch, capsys, *arguments):
     except SystemExit as stop:
         status = stop.code
     return status, *capsys.readouterr()
-
-
-def contents(folder):
-    return {
-        p.relative_to(folder): hashlib.sha256(p.read_bytes()).digest()
-        for p in folder.rglob("*")
-        if p.is_file()
-    }
 
 
 def test_the_command_writes_a_plain_model_folder_with_the_same_bits(

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BITS, TWO_LAYERS, dense, integers, quantized_llama, same
+from helpers import BITS, TWO_LAYERS, integers, quantized_llama, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,20 +23,19 @@ ROWS, GROUPS, GROUP_SIZES = st.integers(1, 5), st.integers(1, 4), st.integers(1,
 
 
 def quant_layer(seed, rows, groups, group_size, bits):
-    """A QuantLinear with scales 0 to 2, offsets -4 to 4, and its dense weight in float64."""
+    """A QuantLinear with scales 0 to 2 and offsets -4 to 4."""
     codes = integers(seed, 0, 2**bits - 1, rows, groups * group_size, dtype=torch.uint8)
     scale = integers(seed + 1, 0, 2, rows, groups).half()
     quantized = Quantized(codes, scale, integers(seed + 2, -4, 4, rows, groups))
-    return QuantLinear.from_quantized(quantized, bits), dense(quantized)
+    return QuantLinear.from_quantized(quantized, bits)
 
 
 def adapted_layer(seed, rows, groups, group_size, bits, rank, alpha):
-    """A QALoRALinear with integers in its adapter, and its base's dense weight."""
-    base, w = quant_layer(seed, rows, groups, group_size, bits)
-    layer = QALoRALinear(base, rank, alpha)
+    """A QALoRALinear with integers in its adapter."""
+    layer = QALoRALinear(quant_layer(seed, rows, groups, group_size, bits), rank, alpha)
     layer.lora_A.data = integers(seed + 3, -2, 2, rank, groups)
     layer.lora_B.data = integers(seed + 4, -2, 2, rows, rank)
-    return layer, w
+    return layer
 
 
 # ---- the layer
@@ -47,7 +46,7 @@ def test_the_effective_offset_moves_by_alpha_over_rank_times_b_a(
     bits, rows, groups, group_size, rank, seed, alpha
 ):
     """Rounding: of s, of s * B @ A and of the sum, each by 2^-24 of numbers below 64 * 20."""
-    layer, _ = adapted_layer(seed, rows, groups, group_size, bits, rank, alpha)
+    layer = adapted_layer(seed, rows, groups, group_size, bits, rank, alpha)
     product = layer.lora_B.double() @ layer.lora_A.double()
     moved = layer.base.offset.double() + alpha / rank * product
     assert layer.effective_offset().dtype == torch.float32
@@ -56,7 +55,7 @@ def test_the_effective_offset_moves_by_alpha_over_rank_times_b_a(
 
 def test_a_starts_kaiming_uniform_and_b_zero():
     """Kaiming-uniform with a = sqrt(5), as in LoRA's own code: uniform up to 1 / sqrt(groups)."""
-    layer = QALoRALinear(quant_layer(0, 8, 100, 1, 4)[0], 50, 16)
+    layer = QALoRALinear(quant_layer(0, 8, 100, 1, 4), 50, 16)
     assert layer.lora_A.shape == (50, 100) and layer.lora_B.shape == (8, 50)
     assert not layer.lora_B.any()
     quantiles = torch.quantile(layer.lora_A.detach() * 10, torch.linspace(0, 1, 5))
@@ -67,7 +66,7 @@ def test_a_starts_kaiming_uniform_and_b_zero():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_adapter_works_in_float32_under_autocast_and_after_casts_of_the_model(dtype):
     """Both 16-bit floats hold the factors 1 + 2^-7; neither holds their product."""
-    base, _ = quant_layer(0, 1, 2, 1, 4)
+    base = quant_layer(0, 1, 2, 1, 4)
     base.scale.zero_()
     base.offset.fill_(-1)
     layer = QALoRALinear(base, 1, 1)
@@ -84,7 +83,7 @@ def test_the_adapter_works_in_float32_under_autocast_and_after_casts_of_the_mode
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_training_keeps_neither_the_input_nor_a_dense_weight(dtype):
     """Kept are codes, scales, offsets, the adapter, and the input pooled to a 32nd of its width."""
-    layer, _ = adapted_layer(0, 128, 8, 32, 4, rank=4, alpha=4)
+    layer = adapted_layer(0, 128, 8, 32, 4, rank=4, alpha=4)
     x, kept = torch.randn(64, 256).to(dtype).requires_grad_(), {}
 
     def keep(tensor):
@@ -101,7 +100,7 @@ def test_training_keeps_neither_the_input_nor_a_dense_weight(dtype):
 
 def test_training_changes_the_adapter_and_nothing_else():
     torch.manual_seed(0)
-    layer = QALoRALinear(quant_layer(0, 8, 4, 8, 4)[0], 2, 16)
+    layer = QALoRALinear(quant_layer(0, 8, 4, 8, 4), 2, 16)
     before = copy.deepcopy(layer)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
     for _ in range(2):

@@ -12,6 +12,7 @@ import time
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers import contents
 from helpers_runs import (
     RECORDS,
     adapter,
@@ -121,15 +122,13 @@ def test_a_signal_while_another_base_is_made_leaves_the_finished_run_that_was_th
     world, whole, tmp_path, monkeypatch
 ):
     shutil.copytree(whole, tmp_path / "run")
-    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    before = contents(tmp_path / "run")
     monkeypatch.setattr(
         base, "quantize_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
     )
     text = run(tmp_path / "log", options(world, tmp_path / "run", bits=3), status=130)
     assert text.splitlines()[-1] == "stopped"  # there is nothing to resume
-    assert {
-        file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()
-    } == before
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_run_interrupted_while_its_new_base_is_made_goes_on(world, whole, tmp_path, monkeypatch):
