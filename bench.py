@@ -189,7 +189,7 @@ def growth(turns: int, values: dict, facts: dict, dtype: torch.dtype, device: st
     return rows
 
 
-def plot(rows: list[dict], path: str | pathlib.Path):
+def plot(rows: list[dict], path: str | pathlib.Path) -> None:
     """Draws the rows of `growth`, one picture an axis."""
     from matplotlib import pyplot
 
@@ -282,7 +282,7 @@ def training(
     return rows
 
 
-def main():
+def main() -> None:
     """Runs the command line."""
     parser = Parser(prog="bench.py", description=__doc__)
     add = parser.add_argument

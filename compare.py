@@ -389,7 +389,7 @@ def pool_of(workers: int) -> Iterator[concurrent.futures.Executor]:
             raise
 
 
-def prepare_worker():
+def prepare_worker() -> None:
     """One thread, as matrices are small; no progress bars, as two would overwrite each other."""
     torch.set_num_threads(1)
     sys.stderr = pathlib.Path(os.devnull).open("w")  # noqa: SIM115, open to the end
@@ -405,7 +405,7 @@ def order(rows: list[dict]) -> Callable[[dict], tuple]:
     return key
 
 
-def main():
+def main() -> None:
     """Runs the command line."""
     parser = Parser(prog="compare.py", description=__doc__)
     add = parser.add_argument

@@ -345,7 +345,7 @@ def load(folder: str | pathlib.Path, device: str) -> tuple[Llama, SentencePieceP
     return model.to(compute_dtype(stored, device)), tokenizer
 
 
-def report_truncated(truncated: int, questions: int):
+def report_truncated(truncated: int, questions: int) -> None:
     """Prints how many questions lost their beginning."""
     if truncated:
         print(
@@ -361,7 +361,7 @@ def judge_perplexity(
     text: str,
     window: int,
     batch_size: int,
-):
+) -> None:
     """Prints the perplexity of a text."""
     tokens = encode_prompt(tokenizer, text)
     value = perplexity(model, tokens, window, f"perplexity of {path}", batch_size)
@@ -370,7 +370,7 @@ def judge_perplexity(
 
 def judge_multiple_choice(
     model: Llama, tokenizer: SentencePieceProcessor, path: str, items: list, batch_size: int
-):
+) -> None:
     """Prints the accuracy on a file of questions."""
     result = multiple_choice(model, tokenizer, items, batch_size, f"multiple choice, {path}")
     plain = percent(result["accuracy"], result["accuracy_error"])
@@ -388,7 +388,7 @@ def judge_mmlu(
     questions: list,
     shots: int,
     batch_size: int,
-):
+) -> None:
     """Prints the accuracy on MMLU by subject and category."""
     official = pathlib.Path(path).is_dir()  # JSON lines hold whole prompts
     what = f"MMLU, {shots}-shot" if official else "MMLU"
@@ -426,7 +426,7 @@ def read_options() -> argparse.Namespace:
     return args
 
 
-def main():
+def main() -> None:
     """Reads all files, then the model, then judges it."""
     args = read_options()
     text = read_text(args.perplexity) if args.perplexity else None

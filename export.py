@@ -60,7 +60,7 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
     return lines
 
 
-def main():
+def main() -> None:
     """Runs the command line."""
     parser = Parser(prog="export.py", description=__doc__)
     add = parser.add_argument

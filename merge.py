@@ -35,7 +35,7 @@ def merge(module: nn.Module) -> nn.Module:
     return module
 
 
-def main():
+def main() -> None:
     """Merges the adapter of a finished run and writes the model into a new folder."""
     from formats.run import load_run, save_merged  # here, because it imports this module
 

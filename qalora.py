@@ -76,7 +76,7 @@ def add_adapters(
     return model
 
 
-def check_targets(targets: Iterable[str]):
+def check_targets(targets: Iterable[str]) -> None:
     """Raises UserError for a name that is none of the seven linear layers of a block."""
     for name in targets:
         if name not in LINEARS:

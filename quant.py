@@ -204,7 +204,7 @@ def in_order(
     drift: Tensor,
     error: Tensor,
     round_one: Callable,
-):
+) -> None:
     """Calls round_one(low, high) for one `unit` of inputs after another.
 
     `round_one` reads their `drift` and writes their `error`. The errors in one half of the inputs
@@ -511,7 +511,7 @@ def quantize_block(
     hidden: list[Tensor] | None = None,
     rotary: tuple | None = None,
     search: bool = True,
-):
+) -> None:
     """Quantizes a block's linear layers in place, by GPTQ on its inputs `hidden`, or by RTN.
 
     `hidden`, a list of [B, T, D], is advanced to the quantized block's outputs.
@@ -556,7 +556,7 @@ def input_hessians(block: Block, hidden: list[Tensor], rotary: tuple) -> dict[st
     return hessians
 
 
-def check_group_size(config: LlamaConfig, group_size: int):
+def check_group_size(config: LlamaConfig, group_size: int) -> None:
     """Raises UserError, naming the layer, when a linear layer's inputs are no whole groups."""
     widths = {
         "self_attn.q_proj": config.hidden_size,
@@ -588,7 +588,7 @@ def bits_per_weight(model: nn.Module) -> float:
 
 def save_quantized(
     model: Llama, folder: str | pathlib.Path, dtype: torch.dtype | None = None, **origin
-):
+) -> None:
     """Writes a quantized model into a folder; see `formats/quantized.py`."""
     from formats.quantized import save_quantized as save
 

@@ -59,7 +59,7 @@ def sample(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-):
+) -> None:
     """Gives `write` the continuation of `prompt` bit by bit, after the prompt itself if `echo`.
 
     Raises UserError when the prompt leaves no room in the model's context; stops where it is full.
@@ -86,7 +86,7 @@ def sample(
     add([], last=True)
 
 
-def write_stdout(text: str):
+def write_stdout(text: str) -> None:
     """Prints a text at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -124,7 +124,7 @@ def read_options() -> argparse.Namespace:
     return args
 
 
-def main():
+def main() -> None:
     """Loads a model and prints what it says."""
     args = read_options()
     model, tokenizer = load(args.folder, args.device)

@@ -114,7 +114,7 @@ def adamw(parameters: Sequence[nn.Parameter], lr: float, paged: bool) -> torch.o
 # ---- a whole run
 
 
-def run(settings: Settings):
+def run(settings: Settings) -> None:
     """A whole run: data, base, adapters, training, merging, judging."""
     out = pathlib.Path(settings.out)
     is_first = machine.RANK == 0
@@ -161,7 +161,7 @@ def train_adapters(
     examples: list[Example],
     held_out: list[Example],
     identity: dict,
-):
+) -> None:
     """Trains the adapters of `model` in place; with --resume from the newest checkpoint on."""
     done = 0
     optimizer = adamw(
@@ -221,7 +221,7 @@ def digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
-def main():
+def main() -> None:
     """Runs the command line."""
     settings = read_settings(__doc__)
     with runs.guarded(settings):

@@ -38,7 +38,7 @@ PARTS = ("base", "adapter", "previous-adapter", "merged")
 FILES = ("metrics.jsonl", "results.json", "loss.png", "config.json", "params.json")
 
 
-def prepare(settings: Settings, world: World | None, records: list[Record]):
+def prepare(settings: Settings, world: World | None, records: list[Record]) -> None:
     """What one process does for all: the run's folder, the tiny model where wanted, the base.
 
     Raises UserError for what would go wrong later: weights, disk room, an unfinished earlier run.
@@ -69,7 +69,7 @@ def prepare(settings: Settings, world: World | None, records: list[Record]):
         start_over(settings)
 
 
-def check_out(settings: Settings, out: pathlib.Path):
+def check_out(settings: Settings, out: pathlib.Path) -> None:
     """Raises UserError where the run would overwrite its own weights, or what is no run's."""
     source, run = source_of(settings.weights).resolve(), out.resolve()
     made = [(out / part).resolve() for part in ("base", "merged")]  # they may be links
@@ -105,7 +105,7 @@ def source_in_run_json(out: pathlib.Path) -> pathlib.Path | None:
         return None
 
 
-def check_unfinished(settings: Settings, out: pathlib.Path):
+def check_unfinished(settings: Settings, out: pathlib.Path) -> None:
     """Raises UserError where a run in the folder would be lost, or is further than --steps."""
     newest = newest_checkpoint(out)
     if newest is None:
@@ -122,14 +122,14 @@ def check_unfinished(settings: Settings, out: pathlib.Path):
         )
 
 
-def remove_leftovers(out: pathlib.Path):
+def remove_leftovers(out: pathlib.Path) -> None:
     """Removes what a run that was killed while it wrote has left."""
     for path in out.iterdir():
         if is_leftover(path):
             remove(path)
 
 
-def start_over(settings: Settings):
+def start_over(settings: Settings) -> None:
     """Clears an earlier run away, but keeps its adapter as previous-adapter/; writes run.json."""
     out = pathlib.Path(settings.out)
     for folder in checkpoints(out):  # renamed first: half a folder is no checkpoint
@@ -199,7 +199,7 @@ def base_is_made(settings: Settings) -> bool:
 # ---- making it
 
 
-def make_base(settings: Settings, texts: list[str] | None):
+def make_base(settings: Settings, texts: list[str] | None) -> None:
     """Writes the run's base/, quantized by GPTQ on `texts` where that is wanted."""
     source = source_of(settings.weights)
     record = made_from(settings)  # of the weights as they are now
@@ -220,7 +220,7 @@ def quantize_into(
     settings: Settings,
     texts: list[str] | None,
     tokenizer: SentencePieceProcessor,
-):
+) -> None:
     """Writes float weights as the base of a method: float for lora, NF4 for qlora, else codes.
 
     Blocks are read one after another, so that no more than one is in memory in float.
@@ -249,7 +249,7 @@ def quantize_into(
     save_quantized(model, folder, quantizer=settings.quantizer)
 
 
-def fill_all_but_blocks(model: Llama, weights: dict, dtype: torch.dtype, device: str):
+def fill_all_but_blocks(model: Llama, weights: dict, dtype: torch.dtype, device: str) -> None:
     """Reads embedding, last norm and output head into a model on the meta device."""
     for name in ("model.embed_tokens", "model.norm", "lm_head"):
         if f"{name}.weight" in weights:
@@ -282,7 +282,7 @@ def calibration_texts(
 # ---- room on the disk
 
 
-def check_room(settings: Settings, base_is_made: bool):
+def check_room(settings: Settings, base_is_made: bool) -> None:
     """Raises UserError when the disk cannot hold base (unless made), checkpoints and result.
 
     Old checkpoints count as room, as new ones replace them; an old base does not.

@@ -85,7 +85,7 @@ def read_rows(path: pathlib.Path) -> list[dict]:
     return rows
 
 
-def plot(path: pathlib.Path):
+def plot(path: pathlib.Path) -> None:
     """Prints a results' file; draws exact match against bits per weight beside it, as a .png.
 
     Exact match is in points above LoRA on the same base. Ablations are left out.
@@ -101,7 +101,7 @@ def plot(path: pathlib.Path):
         figure.savefig(beside, format="png", dpi=150, bbox_inches="tight")
 
 
-def draw(axes: Any, rows: list[dict]):
+def draw(axes: Any, rows: list[dict]) -> None:
     """Draws one line a method; `axes` are matplotlib's."""
     lora = {row["seed"]: row["exact_match"] for row in rows if row["row"] == "LoRA"}
     drawn = []

@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Never
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
 
-    def error(self, message: str):
+    def error(self, message: str) -> Never:
         """Raises UserError with argparse's message."""
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
@@ -43,7 +44,7 @@ def positive(kind: type) -> Callable:
     return read
 
 
-def require_matplotlib():
+def require_matplotlib() -> None:
     """Raises UserError where matplotlib is missing; called early, as a plot comes at the end."""
     try:
         import matplotlib  # noqa: F401
@@ -51,7 +52,9 @@ def require_matplotlib():
         raise UserError("--plot needs matplotlib: pip install matplotlib") from e
 
 
-def run_command(main: Callable, relief: str = "close other programs, or choose a smaller model"):
+def run_command(
+    main: Callable, relief: str = "close other programs, or choose a smaller model"
+) -> None:
     """Calls `main()`; for what a user or the machine caused prints `error: ...` and exits with 2.
 
     relief: what to do when memory runs out.
@@ -95,7 +98,7 @@ def message_for(error: Exception, relief: str) -> str | None:
     return None
 
 
-def prepare_streams():
+def prepare_streams() -> None:
     """Makes printing safe where a stream is closed or its encoding lacks a character."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed from the start: `python train.py >&-`
@@ -104,7 +107,7 @@ def prepare_streams():
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def flush_stdout():
+def flush_stdout() -> None:
     """Flushes now, so that a full disk is reported as an error."""
     try:
         sys.stdout.flush()

@@ -61,7 +61,7 @@ def _flush_to_disk(file):
         os.fsync(f.fileno())
 
 
-def remove(path: pathlib.Path):
+def remove(path: pathlib.Path) -> None:
     """Removes a file or a folder, of a link only the link; nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -87,7 +87,7 @@ def new_file(text: str) -> pathlib.Path:
         raise UserError(f"{path} cannot be written ({e.strerror}); choose another place") from e
 
 
-def check_new(path: pathlib.Path):
+def check_new(path: pathlib.Path) -> None:
     """Raises UserError unless `path` is missing or an empty folder: nothing is overwritten."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is no empty folder; remove it or choose another --out")
@@ -104,7 +104,7 @@ def read_json(path: pathlib.Path) -> dict:
     return content
 
 
-def write_json(content: dict, path: pathlib.Path):
+def write_json(content: dict, path: pathlib.Path) -> None:
     """Writes an object as JSON, whole."""
     with written_whole(path) as beside:
         beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

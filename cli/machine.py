@@ -17,7 +17,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_device(device: str):
+def check_device(device: str) -> None:
     """Raises UserError when PyTorch cannot compute on `device` here."""
     try:
         torch.zeros(1, device=device).item()  # .item(), as "meta" allocates but holds no numbers
@@ -44,7 +44,7 @@ def compute_dtype(stored: torch.dtype, device: str) -> torch.dtype:
     return torch.promote_types(stored, torch.float32)
 
 
-def trim_heap():
+def trim_heap() -> None:
     """Returns freed memory to the system, where the C library can (glibc keeps it otherwise)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):

@@ -112,7 +112,7 @@ def show_answers(questions: list, before: list[str], after: list[str]) -> list[d
     return samples
 
 
-def show_next(out: pathlib.Path, question: str, exportable: bool):
+def show_next(out: pathlib.Path, question: str, exportable: bool) -> None:
     """Prints the commands that a user may want next; export.py where the model can go there."""
     folder = quote(str(out))
     print(f"\nNext: python sample.py {folder} --instruction {question!r}")
@@ -121,7 +121,7 @@ def show_next(out: pathlib.Path, question: str, exportable: bool):
         print(f"      {exporting} && llama-cli -m tiny.gguf      in llama.cpp (pip install gguf)")
 
 
-def plot(out: pathlib.Path):
+def plot(out: pathlib.Path) -> None:
     """Draws metrics.jsonl to loss.png."""
     from matplotlib.figure import Figure  # optional
 

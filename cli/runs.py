@@ -98,14 +98,14 @@ def kept_from_other_runs(out: pathlib.Path) -> Iterator[None]:
         os.close(folder)
 
 
-def join_processes():
+def join_processes() -> None:
     """Lets torchrun's processes wait here until all have come; does nothing for a single one."""
     if machine.WORLD > 1 or dist.is_torchelastic_launched():
         dist.init_process_group(timeout=datetime.timedelta(days=2))  # NCCL on GPUs, gloo on CPUs
         dist.barrier()
 
 
-def leave_processes():
+def leave_processes() -> None:
     """Ends what `join_processes` began."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -124,7 +124,7 @@ def record(
     loss_on: Callable[[list[Example]], float],
     held_out: list[Example],
     few: list[Example],
-):
+) -> None:
     """Runs the training loop `steps` to its end, or to a signal: progress, metrics, checkpoints.
 
     steps: yields a dict with step, loss, grad_norm and tokens after every optimizer step.
@@ -178,7 +178,7 @@ def finite_steps(steps: Iterable[dict], out: pathlib.Path) -> Iterator[dict]:
         raise UserError(f"{e}; {way_back(out)}") from e
 
 
-def check_finite(out: pathlib.Path, step: int, name: str, value: float):
+def check_finite(out: pathlib.Path, step: int, name: str, value: float) -> None:
     """Raises UserError, naming the last good checkpoint, for a value that is not finite."""
     if not math.isfinite(value):
         raise UserError(f"step {step}: the {name} is {value:g}; {way_back(out)}")
@@ -192,7 +192,7 @@ def way_back(out: pathlib.Path) -> str:
     return f"the last good checkpoint is {good}; remove it to start over with a lower --lr"
 
 
-def show(bar: tqdm, line: dict, device: str):
+def show(bar: tqdm, line: dict, device: str) -> None:
     """Moves the progress bar on by one step."""
     speed, memory = line["tokens_per_second"], memory_in_use(device)
     loss = f"{line['loss']:.3f}"
@@ -270,7 +270,7 @@ def save_checkpoint(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-):
+) -> None:
     """Writes step-N/: adapter, AdamW's state, what must not change; then removes older ones.
 
     Only process 0 writes. Raises UserError when it cannot be written; the older ones stay.
@@ -319,21 +319,21 @@ def load_checkpoint(settings: Settings, model: nn.Module, optimizer: torch.optim
     return step
 
 
-def set_adapter_aside(out: pathlib.Path):
+def set_adapter_aside(out: pathlib.Path) -> None:
     """Renames the result of the run before to previous-adapter/, replacing an older one."""
     if (out / "adapter").exists():
         remove(out / "previous-adapter")
         (out / "adapter").rename(out / "previous-adapter")
 
 
-def page_again(optimizer: torch.optim.Optimizer):
+def page_again(optimizer: torch.optim.Optimizer) -> None:
     """Moves a paged AdamW's state back to paged memory; its loading puts it on the GPU."""
     for parameter, moments in optimizer.state.items():
         for name in ("state1", "state2"):
             moments[name] = optimizer.get_state_buffer(parameter).copy_(moments[name])
 
 
-def check_same_run(settings: Settings, identity: dict):
+def check_same_run(settings: Settings, identity: dict) -> None:
     """Raises UserError when settings, base or data are not those of the newest checkpoint."""
     folder = newest_checkpoint(pathlib.Path(settings.out))
     if folder is None:

@@ -278,7 +278,7 @@ def as_text(settings: Settings) -> str:
     return json.dumps(kept, indent=2) + "\n"
 
 
-def save_settings(settings: Settings):
+def save_settings(settings: Settings) -> None:
     """Writes run.json, from which --resume reads what the command line does not say."""
     with written_whole(pathlib.Path(settings.out) / "run.json") as beside:
         beside.write_text(as_text(settings))
@@ -292,7 +292,7 @@ def config_of(weights: str | None) -> LlamaConfig:
     return formats.read_config(weights) if weights else CONFIGS["tiny"]
 
 
-def check(settings: Settings):
+def check(settings: Settings) -> None:
     """Raises UserError for settings that cannot work."""
     config = config_of(settings.weights)
     check_size(settings, config)
@@ -319,7 +319,7 @@ def check(settings: Settings):
     check_writable(pathlib.Path(settings.out))
 
 
-def check_size(settings: Settings, config: LlamaConfig):
+def check_size(settings: Settings, config: LlamaConfig) -> None:
     """Raises UserError when the weights are not of the size --model, or their context too short."""
     for name in SIZES:
         expected, found = getattr(CONFIGS.get(settings.model, config), name), getattr(config, name)
@@ -335,7 +335,7 @@ def check_size(settings: Settings, config: LlamaConfig):
         )
 
 
-def check_quantized_weights(settings: Settings):
+def check_quantized_weights(settings: Settings) -> None:
     """Raises UserError when weights that are quantized already contradict the settings."""
     kept = formats.quantization_of(settings.weights)
     if kept is None:
@@ -353,7 +353,7 @@ def check_quantized_weights(settings: Settings):
         )
 
 
-def take_device(device: str):
+def take_device(device: str) -> None:
     """Gives this process a GPU of its own; raises UserError where the device cannot be used."""
     if device == "cuda" and torch.cuda.is_available():
         gpu = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
@@ -366,7 +366,7 @@ def take_device(device: str):
     check_device(device)
 
 
-def check_tokenizer(settings: Settings, config: LlamaConfig):
+def check_tokenizer(settings: Settings, config: LlamaConfig) -> None:
     """Raises UserError when the tokenizer is missing or does not belong to the weights."""
     if not (settings.weights or settings.tokenizer):
         return  # the tiny model's is still to be made
@@ -388,7 +388,7 @@ def check_tokenizer(settings: Settings, config: LlamaConfig):
         formats.check_tokenizer(settings.weights, tokenizer)
 
 
-def check_writable(out: pathlib.Path):
+def check_writable(out: pathlib.Path) -> None:
     """Makes the run's folder; raises UserError when it cannot be written."""
     probe = out / ".writable"
     try:

@@ -31,7 +31,7 @@ def pretrain(
     batch_size: int = 16,
     length: int = 64,
     warmup: int = 1,
-):
+) -> None:
     """Trains a small LLaMA and its tokenizer on the world's documents; writes a model folder.
 
     In float32, with AdamW; the rate rises for `warmup` steps and falls to 0 in the second half.

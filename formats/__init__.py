@@ -71,12 +71,12 @@ def quantization_of(path: str | pathlib.Path) -> dict | None:
     return format_of(path).quantization_of(pathlib.Path(path))
 
 
-def check(path: str | pathlib.Path):
+def check(path: str | pathlib.Path) -> None:
     """Raises UserError for weights that are missing or misshapen."""
     format_of(path).check(pathlib.Path(path))
 
 
-def check_tokenizer(path: str | pathlib.Path, tokenizer: SentencePieceProcessor):
+def check_tokenizer(path: str | pathlib.Path, tokenizer: SentencePieceProcessor) -> None:
     """Raises UserError when the weights come with a vocabulary that is not the tokenizer's."""
     module = format_of(path)
     if hasattr(module, "check_tokenizer"):
@@ -91,7 +91,7 @@ def open_weights(path: str | pathlib.Path) -> tuple:
     return module.open_weights(pathlib.Path(path))
 
 
-def import_base(path: str | pathlib.Path, folder: pathlib.Path):
+def import_base(path: str | pathlib.Path, folder: pathlib.Path) -> None:
     """Writes quantized weights as a folder of our own, with the same codes."""
     format_of(path).import_base(pathlib.Path(path), folder)
 

@@ -15,7 +15,7 @@ from llama import LINEARS
 from qalora import QALoRALinear, adapter_parameters, add_adapters
 
 
-def save_adapter(model: nn.Module, folder: str | pathlib.Path, **origin):
+def save_adapter(model: nn.Module, folder: str | pathlib.Path, **origin) -> None:
     """Writes the adapters of `model` into a new folder; `origin` is kept in adapter.json."""
     adapted = (QALoRALinear, LoRALinear)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, adapted)}
@@ -53,7 +53,7 @@ def load_adapter(model: nn.Module, folder: str | pathlib.Path) -> dict:
     return settings
 
 
-def restore_adapter(model: nn.Module, folder: str | pathlib.Path):
+def restore_adapter(model: nn.Module, folder: str | pathlib.Path) -> None:
     """Copies the tensors of a folder's adapter.safetensors into the adapters of `model`.
 
     Raises UserError when the file is missing or damaged, or a tensor does not fit: an adapter

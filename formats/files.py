@@ -156,7 +156,9 @@ def _sensible(field, value):
     return type(value) is int and smallest <= value < 2**24
 
 
-def write_config(config: LlamaConfig, folder: str | pathlib.Path, extra: dict | None = None):
+def write_config(
+    config: LlamaConfig, folder: str | pathlib.Path, extra: dict | None = None
+) -> None:
     """Writes `config.json` with Hugging Face's fields and the `extra` ones."""
     fields = {
         "architectures": ["LlamaForCausalLM"],

@@ -14,6 +14,7 @@ where it is needed. `formats/q4_1.py` has the blocks and the vocabulary.
 """
 
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -99,7 +100,7 @@ def quantization_of(path: pathlib.Path) -> dict:
     return {"bits": 4, "group_size": 32}
 
 
-def check(path: pathlib.Path):
+def check(path: pathlib.Path) -> None:
     """Raises UserError as `open_gguf` does."""
     open_gguf(path)
 
@@ -129,7 +130,7 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
     return fill(model, weights).requires_grad_(False).to(device, dtype)
 
 
-def import_base(path: pathlib.Path, folder: pathlib.Path):
+def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a Q4_1 file as a folder of our own: nothing is calibrated or quantized."""
     reader, _, tensors = open_gguf(path)
     save_quantized(load_model(path), folder)
@@ -137,7 +138,7 @@ def import_base(path: pathlib.Path, folder: pathlib.Path):
     save_rest(reader, others, folder / GGUF_REST)
 
 
-def check_tokenizer(path: pathlib.Path, tokenizer: SentencePieceProcessor):
+def check_tokenizer(path: pathlib.Path, tokenizer: SentencePieceProcessor) -> None:
     """Raises UserError as `open_gguf` does, and when the tokenizer is not the file's own."""
     reader, config, _ = open_gguf(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
@@ -206,7 +207,7 @@ def open_gguf(path: pathlib.Path) -> tuple:
     return reader, config, tensors
 
 
-def check_sizes(path: pathlib.Path, config: LlamaConfig, found: dict):
+def check_sizes(path: pathlib.Path, config: LlamaConfig, found: dict) -> None:
     """Raises UserError where a damaged number asks for millions of layers, or for odd widths."""
     layers = config.num_hidden_layers
     if f"blk.{layers - 1}.attn_norm.weight" not in found:
@@ -231,10 +232,10 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple]:
     return shapes
 
 
-def check_places(path: pathlib.Path, reader: Any):
+def check_places(path: pathlib.Path, reader: Any) -> None:
     """Raises UserError unless every tensor begins where the one before it ends."""
     in_order = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
-    for before, tensor in zip(in_order, in_order[1:], strict=False):
+    for before, tensor in itertools.pairwise(in_order):
         gap = tensor.data_offset - before.data_offset - before.n_bytes
         if not 0 <= gap < reader.alignment:
             raise UserError(
@@ -242,7 +243,7 @@ def check_places(path: pathlib.Path, reader: Any):
             )
 
 
-def check_tensor(path: pathlib.Path, tensor: Any, shape: tuple, is_linear: bool):
+def check_tensor(path: pathlib.Path, tensor: Any, shape: tuple, is_linear: bool) -> None:
     """Raises UserError unless a tensor has `shape` and can be read; linear layers must be Q4_1."""
     gguf, kind = gguf_package(), tensor.tensor_type
     remedy = "make the file again with llama-quantize MODEL.gguf OUT.gguf Q4_1"
@@ -317,7 +318,7 @@ def write_gguf(
     tokenizer: SentencePieceProcessor,
     path: pathlib.Path,
     embeddings: torch.dtype = torch.float16,
-):
+) -> None:
     """Writes a quantized model and its tokenizer as a new GGUF file `path`.
 
     embeddings: the dtype of embedding and output head, float16 or float32; norms are float32.
@@ -347,7 +348,7 @@ def write_gguf(
     write_tensors(path, start, places, start + end)
 
 
-def write_metadata(writer: Any, config: LlamaConfig, tokenizer: SentencePieceProcessor):
+def write_metadata(writer: Any, config: LlamaConfig, tokenizer: SentencePieceProcessor) -> None:
     """Adds all hyperparameters and the vocabulary to a GGUFWriter."""
     gguf = gguf_package()
     writer.add_type("model")
@@ -396,7 +397,9 @@ def finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def write_tensors(path: pathlib.Path, start: int, places: list[tuple[int, Callable]], size: int):
+def write_tensors(
+    path: pathlib.Path, start: int, places: list[tuple[int, Callable]], size: int
+) -> None:
     """Writes tensors into a file that has its header, and makes it `size` bytes long.
 
     places: for each tensor its offset after `start`, and a function that returns it.
@@ -411,7 +414,7 @@ def write_tensors(path: pathlib.Path, start: int, places: list[tuple[int, Callab
 # ---- writing back into the file that a model came from
 
 
-def save_rest(reader: Any, others: list, path: pathlib.Path):
+def save_rest(reader: Any, others: list, path: pathlib.Path) -> None:
     """Keeps what `write_back` needs: header, the bytes of `others`, and where each tensor lies."""
 
     def copy(start, size):
@@ -425,7 +428,7 @@ def save_rest(reader: Any, others: list, path: pathlib.Path):
         save_file(kept, beside, metadata=layout)
 
 
-def write_back(model: Llama, rest: pathlib.Path, path: pathlib.Path):
+def write_back(model: Llama, rest: pathlib.Path, path: pathlib.Path) -> None:
     """Writes the GGUF file that a model came from, with the quantized layers as they are now."""
     kept = open_file(rest)
     with safetensors.safe_open(rest, framework="pt") as file:

@@ -111,7 +111,7 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def check_the_rest(found: dict[str, Stored], known: set[str], tied: bool):
+def check_the_rest(found: dict[str, Stored], known: set[str], tied: bool) -> None:
     """Raises UserError for a tensor that no parameter takes, unless the others imply it."""
     for name, stored in found.items():
         if name in known or name.endswith("rotary_emb.inv_freq") or name == "rope.freqs":
@@ -171,7 +171,7 @@ def _open_listed(folder, index):
     return found
 
 
-def check(path: pathlib.Path):
+def check(path: pathlib.Path) -> None:
     """Raises UserError for a tensor that is missing or of another shape; reads headers only."""
     open_weights(path)
 
@@ -190,7 +190,7 @@ def load_float(opened: tuple, dtype: torch.dtype | None, device: str) -> Llama:
     return model.to(model.model.embed_tokens.weight.dtype)
 
 
-def save_pretrained(model: Llama, folder: str | pathlib.Path):
+def save_pretrained(model: Llama, folder: str | pathlib.Path) -> None:
     """Writes a float model as a Hugging Face folder; other files in it, as the tokenizer, stay."""
     folder = pathlib.Path(folder)
     with written_whole(folder / "model.safetensors") as path:

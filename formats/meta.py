@@ -140,7 +140,7 @@ def open_weights(path: pathlib.Path) -> tuple[LlamaConfig, dict[str, Callable[[]
     return config, weights
 
 
-def check_shapes(pieces: list[Stored], shape: tuple, dim: int | None):
+def check_shapes(pieces: list[Stored], shape: tuple, dim: int | None) -> None:
     """Raises UserError unless the pieces, split along `dim`, make a tensor of `shape`."""
     expected = tuple(n / len(pieces) if i == dim else n for i, n in enumerate(shape))
     for piece in pieces:
@@ -163,7 +163,7 @@ def read_joined(pieces: list[Stored], dim: int | None, rotary_heads: int | None)
     return tensor
 
 
-def check(path: pathlib.Path):
+def check(path: pathlib.Path) -> None:
     """Raises UserError for a tensor that is missing or of another shape; reads headers only."""
     open_weights(path)
 

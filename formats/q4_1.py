@@ -124,7 +124,7 @@ def vocabulary(
     return names, scores, types, bool(normalizer.get(3, 1))
 
 
-def check_like_llama(trainer: dict, normalizer: dict):
+def check_like_llama(trainer: dict, normalizer: dict) -> None:
     """Raises UserError where llama.cpp would tokenize otherwise than a sentencepiece model.
 
     The two are messages of sentencepiece_model.proto, as field numbers and values.

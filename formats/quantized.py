@@ -72,7 +72,7 @@ def nf4_skeleton(config: LlamaConfig) -> Llama:
     return model
 
 
-def check(path: pathlib.Path):
+def check(path: pathlib.Path) -> None:
     """Raises UserError for a tensor that is missing, of another shape, or not finite."""
     load_model(path)
 
@@ -103,7 +103,7 @@ def load_quantized(
 
 def save_quantized(
     model: Llama, folder: str | pathlib.Path, dtype: torch.dtype | None = None, **origin
-):
+) -> None:
     """Writes config.json and model.safetensors into `folder` (new, or with other files in it).
 
     The `quantization` entry records bits, group size and what `origin` adds. dtype: what embedding,
@@ -121,7 +121,7 @@ def save_quantized(
     write_config(model.config, folder, {"quantization": quantization})
 
 
-def import_base(path: pathlib.Path, folder: pathlib.Path):
+def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Copies a model into `folder` to be fine-tuned, without its tokenizer."""
     for name in ("model.safetensors", "config.json", GGUF_REST):  # the last if it has one
         if (path / name).exists():

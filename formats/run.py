@@ -52,12 +52,12 @@ def quantization_of(path: pathlib.Path) -> dict | None:
     return quantization
 
 
-def check(path: pathlib.Path):
+def check(path: pathlib.Path) -> None:
     """Raises UserError as `load_run` does."""
     load_run(path)
 
 
-def import_base(path: pathlib.Path, folder: pathlib.Path):
+def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the merged model into `folder`, to be fine-tuned again."""
     quantized.save_quantized(load_run(path), folder)
     copy_gguf_rest(path / "base", folder)
@@ -97,7 +97,7 @@ def load_run(
     return merge(model)
 
 
-def check_tokenizer_of_run(base: pathlib.Path):
+def check_tokenizer_of_run(base: pathlib.Path) -> None:
     """Raises UserError when the tokenizer in base/ is not the one that the run was trained with."""
     record, tokenizer = base / "made_from.json", base / "tokenizer.model"
     if not record.exists():
@@ -114,7 +114,7 @@ def check_tokenizer_of_run(base: pathlib.Path):
 load_model = load_run  # as every format calls it
 
 
-def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path):
+def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path) -> None:
     """Writes a merged model and its run's tokenizer as a model folder."""
     with written_whole(folder) as beside:
         beside.mkdir()
@@ -126,7 +126,7 @@ def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path):
         save(model, beside)
 
 
-def copy_gguf_rest(base: pathlib.Path, folder: pathlib.Path):
+def copy_gguf_rest(base: pathlib.Path, folder: pathlib.Path) -> None:
     """Copies what export.py writes back into the GGUF file that a base was made of, if it was."""
     kept = base / GGUF_REST
     if kept.exists():

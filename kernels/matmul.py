@@ -126,7 +126,7 @@ def compiler_wanted(weights: int, device: torch.device) -> bool:
     return dequantized > COMPILE_AFTER if USE_COMPILER is None else USE_COMPILER
 
 
-def stop_compiling():
+def stop_compiling() -> None:
     """Turns compiling off: there is no compiler, or no room for its files."""
     global USE_COMPILER
     USE_COMPILER = False

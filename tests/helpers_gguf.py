@@ -4,6 +4,8 @@ The oracles share no code with formats/: the package's reader and `dequantize`, 
 tokenizer that know nothing but the file. llama.cpp itself reads such files in check_llamacpp.py.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -84,7 +86,7 @@ class FromFile:
         while True:
             pairs = [
                 (-scores[ids[a + b]], i)
-                for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+                for i, (a, b) in enumerate(itertools.pairwise(parts))
                 if a + b in ids
             ]
             if not pairs:

@@ -157,7 +157,7 @@ def test_quant_matmul_and_its_gradients_are_those_of_the_plain_path(
         leaves = x.clone().requires_grad_(), q.offset.clone().requires_grad_()
         y = quant_matmul(leaves[0], pack(q.codes, bits), q.scale, leaves[1], bits)
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
-    for plain, triton in zip(*results, strict=False):
+    for plain, triton in zip(*results, strict=True):
         torch.testing.assert_close(
             triton, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item() + 1e-6
         )

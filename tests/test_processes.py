@@ -71,7 +71,7 @@ def seen_by(out, ranks, per_step):
         [json.loads(line) for line in (out / f"seen-{r}.jsonl").read_text().splitlines()]
         for r in range(ranks)
     ]
-    together = [sum(micro, []) for micro in zip(*lines, strict=False)]
+    together = [sum(micro, []) for micro in zip(*lines, strict=True)]
     return [sorted(sum(together[i : i + per_step], [])) for i in range(0, len(together), per_step)]
 
 

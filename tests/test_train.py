@@ -143,7 +143,7 @@ def test_a_merged_model_can_be_fine_tuned_again(world, whole, tmp_path, monkeypa
     )
     assert all(
         torch.equal(a, b)
-        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=False)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
     assert "is quantized already, to 4 bits in groups of 32" in refusal(
         monkeypatch, *again, "--bits", 3
@@ -233,7 +233,7 @@ def test_training_is_adamw_at_a_constant_rate_on_gradients_cut_to_clip(world, tm
         norm = sum(g.square().sum() for g in gradients).sqrt()
         expected.append((step + 1, loss.item(), norm.item()))
         for p, g, (m, v) in zip(
-            parameters, gradients, moments, strict=False
+            parameters, gradients, moments, strict=True
         ):  # Kingma and Ba (2015), algorithm 1
             g = g * min(1, 0.05 / norm)
             m.mul_(0.9).add_(0.1 * g)

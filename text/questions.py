@@ -84,7 +84,7 @@ def check_mmlu(record: dict) -> tuple[str, str, int]:
     return subject, prompt, letter_index(letter)
 
 
-def check_subject(subject: str):
+def check_subject(subject: str) -> None:
     """Raises ValueError for what is none of MMLU's subjects."""
     if not any(subject in subjects for subjects in MMLU_CATEGORIES.values()):
         raise ValueError(f"{subject!r} is none of MMLU's 57 subjects")
