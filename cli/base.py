@@ -23,7 +23,7 @@ from cli.machine import compute_dtype, trim_heap
 from cli.runs import checkpoints, newest_checkpoint, set_adapter_aside
 from cli.settings import Settings, config_of, save_settings
 from cli.toy import TOY_BASE, pretrain, toy_documents
-from formats.files import fill, model_files
+from formats.files import fill
 from formats.huggingface import save_pretrained
 from formats.quantized import save_quantized
 from llama import Block, Llama
@@ -33,9 +33,9 @@ from text.instructions import Record, read_records
 from text.tokenizer import load_tokenizer
 from text.toy import World, make_world
 
-# What a run writes, and what makes a folder a model's
+# What a run writes
 PARTS = ("base", "adapter", "previous-adapter", "merged")
-FILES = ("metrics.jsonl", "results.json", "loss.png", "config.json", "params.json")
+FILES = ("metrics.jsonl", "results.json", "loss.png")
 
 
 def prepare(settings: Settings, world: World | None, records: list[Record]) -> None:
@@ -80,7 +80,8 @@ def check_out(settings: Settings, out: pathlib.Path) -> None:
         if (folder.parent / "run.json").exists() and is_part(folder):
             raise UserError(f"--out {out} is inside the run {folder.parent}; {another}")
     if not (out / "run.json").exists():
-        for path in (*(out / name for name in (*PARTS, *FILES)), *checkpoints(out)):
+        names = (*PARTS, *FILES, *formats.FORMATS.values())  # the last make it a model's folder
+        for path in (*(out / name for name in names), *checkpoints(out)):
             if path.exists():
                 raise UserError(f"--out {out} has a {path.name} that is no run's; {another}")
     elif (out / "adapter").exists() and not (settings.resume or settings.fresh):
@@ -311,7 +312,7 @@ def base_bytes(settings: Settings, model: Llama) -> float:
         is_float = formats.quantization_of(source) is None
         is_run = formats.format_of(source) is formats.run  # merged, its weights may be larger
         if not is_float or (settings.method == "lora" and not is_run):
-            return sum(file.stat().st_size for file in model_files(source))
+            return sum(file.stat().st_size for file in formats.files(source))
     block_weights = sum(p.numel() for p in model.model.layers.parameters())
     other_weights = sum(p.numel() for p in model.parameters()) - block_weights
     in_groups = settings.bits / 8 + 6 / settings.group_size  # a scale has 2 bytes, an offset 4

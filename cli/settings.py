@@ -206,7 +206,7 @@ def recipe(given: dict) -> dict:
         return {**values, **TOY}
     weights = values["weights"] = values["weights"] or f"weights/{model}"
     if not pathlib.Path(weights).exists():
-        if weights.lower().endswith(".gguf"):
+        if weights.lower().endswith(formats.ENDINGS):
             raise UserError(f"--weights {weights}: there is no such file")
         print(MISSING_WEIGHTS.format(model=model or "7b"), file=sys.stderr)
         raise UserError(
@@ -225,7 +225,8 @@ def recipe(given: dict) -> dict:
 def default_out(given: dict) -> str:
     """The run's folder without --out: named after the size, or else after the weights."""
     if "weights" in given and "model" not in given:
-        return f"runs/{pathlib.Path(given['weights']).resolve().name.removesuffix('.gguf')}"
+        weights = pathlib.Path(given["weights"]).resolve()
+        return f"runs/{weights.stem if weights.suffix in formats.ENDINGS else weights.name}"
     return f"runs/{given.get('model', 'tiny')}"
 
 

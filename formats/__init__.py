@@ -1,9 +1,10 @@
 """Model files in and out: `load_model(path)` takes whatever is at `path`.
 
-A format is a module in this folder and a name in FORMATS; a command learns of it there. It has
+A format is a module in this folder and a line in FORMATS. It has
 
     matches(path)           whether `path` is in this format
     read_config(path)       its LlamaConfig
+    files(path)             the files that make it what it is, whose bytes tell models apart
     quantization_of(path)   {"bits", "group_size", ...}, or None for float weights
     check(path)             raises UserError for what is missing or misshapen, before slow work
     load_model(path, dtype, device)
@@ -25,12 +26,13 @@ from sentencepiece import SentencePieceProcessor
 
 from cli.errors import UserError
 from formats import gguf, huggingface, meta, quantized, run
-from formats.files import fingerprint
+from formats.files import fingerprint_of
 from llama import Llama, LlamaConfig
 
 __all__ = [
     "check",
     "check_tokenizer",
+    "files",
     "fingerprint",
     "format_of",
     "import_base",
@@ -41,13 +43,14 @@ __all__ = [
     "read_config",
 ]
 
-FORMATS = {  # what is recognised, by what; the first that matches is the one
-    run: "run.json (a run of train.py)",
-    gguf: "a .gguf file",
-    quantized: "config.json with a quantization of ours",
-    huggingface: "config.json (Hugging Face)",
-    meta: "params.json (Meta)",
+FORMATS = {  # the file in a folder, or the end of a file's name; the first that matches is the one
+    run: "run.json",
+    gguf: ".gguf",
+    quantized: "config.json",
+    huggingface: "config.json",
+    meta: "params.json",
 }
+ENDINGS = tuple(name for name in FORMATS.values() if name.startswith("."))
 
 
 def format_of(path: str | pathlib.Path) -> ModuleType:
@@ -56,14 +59,25 @@ def format_of(path: str | pathlib.Path) -> ModuleType:
     for module in FORMATS:
         if module.matches(path):
             return module
+    *names, last = dict.fromkeys(FORMATS.values())
     raise UserError(
-        f"{path}: found none of {', '.join(FORMATS.values())}; name a folder with LLaMA weights"
+        f"{path}: found none of {', '.join(names)} or {last}; name a folder with LLaMA weights"
     )
 
 
 def read_config(path: str | pathlib.Path) -> LlamaConfig:
     """The dimensions of the model at `path`."""
     return format_of(path).read_config(pathlib.Path(path))
+
+
+def files(path: str | pathlib.Path) -> list[pathlib.Path]:
+    """The config and weight files of a model: of a folder, of a run, or the file itself."""
+    return format_of(path).files(pathlib.Path(path))
+
+
+def fingerprint(path: str | pathlib.Path) -> str:
+    """SHA-256 of a model, in seconds."""
+    return fingerprint_of(files(path))
 
 
 def quantization_of(path: str | pathlib.Path) -> dict | None:

@@ -84,16 +84,6 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def model_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The config and weight files of a model: a folder, a run (base and adapter), or a file."""
-    if path.is_file():
-        return [path]
-    if (path / "run.json").is_file():
-        return model_files(path / "base") + model_files(path / "adapter")
-    configs = [path / name for name in ("config.json", "params.json")]
-    return sorted(weight_files(path) + [config for config in configs if config.is_file()])
-
-
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; unlike `isfinite`, without a copy (but of float8)."""
     if not tensor.numel():
@@ -102,14 +92,14 @@ def all_finite(tensor: Tensor) -> bool:
     return all(extreme.isfinite() for extreme in wide.aminmax())  # NaN gets through aminmax
 
 
-def fingerprint(path: str | pathlib.Path) -> str:
-    """SHA-256 of a model, in seconds: of a file, or of the config and weight files of a folder.
+def fingerprint_of(files: list[pathlib.Path]) -> str:
+    """SHA-256 of the files of a model, in seconds.
 
     Of a file above 64 MB, 4,096 samples are read. Even one block trained further differs in some of
     them, so that tells models apart.
     """
     sha = hashlib.sha256()
-    for file in model_files(pathlib.Path(path)):
+    for file in files:
         size = file.stat().st_size
         sha.update(f"{file.name} {size}".encode())
         with file.open("rb") as f:

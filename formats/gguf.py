@@ -130,6 +130,11 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
     return fill(model, weights).requires_grad_(False).to(device, dtype)
 
 
+def files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The file itself."""
+    return [path]
+
+
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a Q4_1 file as a folder of our own: nothing is calibrated or quantized."""
     reader, _, tensors = open_gguf(path)

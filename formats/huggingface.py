@@ -11,7 +11,15 @@ from torch import Tensor
 
 from cli.errors import UserError
 from cli.files import read_json, written_whole
-from formats.files import Stored, all_finite, checked_config, fill, open_file, write_config
+from formats.files import (
+    Stored,
+    all_finite,
+    checked_config,
+    fill,
+    open_file,
+    weight_files,
+    write_config,
+)
 from llama import Llama, LlamaConfig
 
 # Fields that change a LLaMA's arithmetic but not the names and shapes of its tensors, which are
@@ -32,6 +40,11 @@ PLAIN = {
 def matches(path: pathlib.Path) -> bool:
     """Whether `path` is a folder with a config.json; `quantized` is asked before this."""
     return (path / "config.json").exists()
+
+
+def files(path: pathlib.Path) -> list[pathlib.Path]:
+    """config.json and the files of weights."""
+    return sorted([path / "config.json", *weight_files(path)])
 
 
 def quantization_of(path: pathlib.Path) -> None:

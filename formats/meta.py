@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cli.errors import UserError
 from cli.files import read_json
-from formats.files import Stored, checked_config, open_file
+from formats.files import Stored, checked_config, open_file, weight_files
 from formats.huggingface import load_float, parameter_shapes, read_float
 from llama import CONFIGS, Llama, LlamaConfig
 
@@ -48,6 +48,11 @@ TENSORS = {  # Meta's name, and the dimension that shards are split along; None:
 def matches(path: pathlib.Path) -> bool:
     """Whether `path` is a folder with a params.json."""
     return (path / "params.json").exists()
+
+
+def files(path: pathlib.Path) -> list[pathlib.Path]:
+    """params.json and the files of weights."""
+    return sorted([path / "params.json", *weight_files(path)])
 
 
 def quantization_of(path: pathlib.Path) -> None:

@@ -20,6 +20,7 @@ from llama import Llama, LlamaConfig, linears
 from quant import QuantLinear, check_group_size
 
 read_config = huggingface.read_config
+files = huggingface.files
 
 
 def matches(path: pathlib.Path) -> bool:

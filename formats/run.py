@@ -13,7 +13,7 @@ from cli.errors import UserError
 from cli.files import read_json, written_whole
 from formats import huggingface, quantized
 from formats.adapter import load_adapter
-from formats.files import GGUF_REST, fingerprint
+from formats.files import GGUF_REST, fingerprint_of, weight_files
 from llama import Llama, LlamaConfig
 from merge import merge
 from quant import QuantLinear
@@ -52,6 +52,11 @@ def quantization_of(path: pathlib.Path) -> dict | None:
     return quantization
 
 
+def files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files of the run's base and adapter."""
+    return format_of_base(path).files(path / "base") + weight_files(path / "adapter")
+
+
 def check(path: pathlib.Path) -> None:
     """Raises UserError as `load_run` does."""
     load_run(path)
@@ -85,9 +90,10 @@ def load_run(
             f"{run} has no finished adapter yet; go on with: python train.py --resume --out "
             f"{quote(str(run))}"
         )
-    model = format_of_base(run).load_model(base, dtype, device)
+    format_ = format_of_base(run)
+    model = format_.load_model(base, dtype, device)
     settings = load_adapter(model, run / "adapter")
-    wanted, found = settings.get("base"), fingerprint(base)
+    wanted, found = settings.get("base"), fingerprint_of(format_.files(base))
     if wanted != found:
         raise UserError(
             f"{run}/adapter was trained over the base {str(wanted)[:12]}, but {base} is "
