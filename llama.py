@@ -59,6 +59,7 @@ CONFIGS = {  # vocabulary, width, feed-forward width, layers, heads, key-value h
     "llama2-70b": LlamaConfig(32000, 8192, 28672, 80, 64, 8, **_V2),
 }
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# All of them are quantized; which are adapted is add_adapters' `targets`
 
 
 # ---- the model

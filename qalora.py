@@ -55,7 +55,7 @@ class QALoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> QuantLinear:
-        """The base layer, in which the effective offsets have replaced its own."""
+        """The base layer, changed in place: the effective offsets replace its own."""
         self.base.offset = self.effective_offset()
         return self.base
 

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from helpers import same
 from helpers_runs import options, refusal, run
@@ -67,3 +68,40 @@ def test_a_new_format_is_a_module_and_a_line_in_the_table(world, tmp_path, monke
     np.save(odd / "odd.model.norm.weight.npy", 2 * model.model.norm.weight.detach().numpy())
     assert "making it again" in run(tmp_path / "log", words)
     assert "odd.json that is no run's" in refusal(monkeypatch, *options(world, odd))
+
+
+def a_run(world, whole, folder):
+    return shutil.copytree(whole, folder)
+
+
+def a_meta_folder(world, whole, folder):
+    folder.mkdir()
+    torch.save({"norm.weight": torch.ones(4)}, folder / "consolidated.00.pth")
+    (folder / "params.json").write_text("{}")
+    return folder
+
+
+def a_gguf_file(world, whole, folder):
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(bytes(1000))
+    return folder / "model.gguf"
+
+
+@pytest.mark.parametrize(
+    "make, files",
+    [
+        (a_run, ["base/config.json", "base/model.safetensors", "adapter/adapter.safetensors"]),
+        (a_meta_folder, ["params.json", "consolidated.00.pth"]),
+        (a_gguf_file, [""]),
+    ],
+)
+def test_models_that_differ_in_any_file_have_other_fingerprints(
+    world, whole, tmp_path, make, files
+):
+    path = make(world, whole, tmp_path / "model")
+    seen = [formats.fingerprint(path)]
+    for name in files:
+        with (path / name).open("ab") as file:
+            file.write(b" ")
+        seen.append(formats.fingerprint(path))
+    assert len(set(seen)) == len(files) + 1
