@@ -58,8 +58,8 @@ CONFIGS = {  # vocabulary, width, feed-forward width, layers, heads, key-value h
     "llama2-13b": LlamaConfig(32000, 5120, 13824, 40, 40, 40, **_V2),
     "llama2-70b": LlamaConfig(32000, 8192, 28672, 80, 64, 8, **_V2),
 }
+# All of these are quantized; `targets` of qalora.add_adapters says which are adapted
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# All of them are quantized; which are adapted is add_adapters' `targets`
 
 
 # ---- the model
