@@ -243,6 +243,11 @@ def test_the_differences_are_those_of_the_results():
 
 
 def test_the_memory_of_real_sizes_follows_from_their_shapes():
+    rows = json.loads((ROOT / "results" / "gpu.json").read_text())["rows"]
+    peaks = {(row["what"], row["name"]): row.get("peak bytes") for row in rows}
+    what = "forward, recompute, backward of a block, 4 x 512 tokens"
+    of_a_block = peaks[what, "ours: 4 bits, QA-LoRA"] / CONFIGS["7b"].hidden_size
+    of_a_step = peaks["train.py's steps", "16 x 512 tokens, micro-batches of 4"]
     for name, *cells in rows_under(ROOT / "docs" / "real-llama.md", "| | base |"):
         config = CONFIGS[name]
         with torch.device("meta"):
@@ -259,7 +264,11 @@ def test_the_memory_of_real_sizes_follows_from_their_shapes():
         assert base == pytest.approx(linears * (0.5 + 6 / 32) / 1e9, abs=0.06)
         assert head == pytest.approx(outside * 2 / 1e9, abs=0.06)
         assert adapter == pytest.approx(trained * 16 / 1e9, abs=0.06)  # with gradient, two moments
+        kept = 2 * config.num_hidden_layers * config.hidden_size + 14 * config.vocab_size
+        computed = 4 * 512 * kept + of_a_block * config.hidden_size
+        assert activations == pytest.approx(computed / 1e9, abs=0.06)
         assert total == pytest.approx(base + head + adapter + activations, abs=0.11)
+        assert name != "7b" or total == pytest.approx(of_a_step / 1e9, rel=0.05)
         assert float16 == pytest.approx(weights * 2 / 1e9, abs=0.06)
         recomputed = 6 * (weights - outside / 2) * tokens / rate / 3600
         assert hours == pytest.approx(recomputed, rel=0.06)
