@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 import evals
@@ -48,7 +47,7 @@ from qalora import adapter_parameters, add_adapters
 from quant import bits_per_weight, quantize_model
 from text.batches import Example, calibration_windows, encode, token_stream
 from text.instructions import Record
-from text.tokenizer import load_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
 from text.toy import ATTRIBUTES, World, make_world
 from train import adamw, fine_tune
 
@@ -147,9 +146,7 @@ def split(world: World) -> tuple[list[Record], list[Record]]:
     return world.train[:border], world.train[border:]
 
 
-def judge(
-    model: Llama, tokenizer: SentencePieceProcessor, world: World, choosing: bool
-) -> dict[str, float]:
+def judge(model: Llama, tokenizer: Tokenizer, world: World, choosing: bool) -> dict[str, float]:
     """The metrics of a deployed model: on the validation people when choosing, else on the test."""
     if choosing:
         records = split(world)[1]

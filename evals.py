@@ -14,9 +14,8 @@ FOLDER is a model folder (float, quantized, merged) or a run of train.py. What i
   adjacent windows too, of 2,048.
 * Multiple choice: the likeliest choice after the question, by the sum of its tokens'
   log-probabilities, and by that sum divided by the choice's characters (acc and acc_norm of
-  lm-evaluation-harness). Question and choice are tokenized separately and joined, as
-  text/batches.py joins prompt and response. LLaMA's tokenizer begins every text with a space, so
-  these are the tokens of "question choice" encoded whole, and the files need no space at the seam.
+  lm-evaluation-harness). Question and choice are tokenized as one text with a space between them,
+  so the files need none; the choice's tokens are those after the question's, as in the harness.
 * MMLU: the official prompt; the answer is the letter that is likeliest after "Answer:". Every
   question counts once in its category and in the average, as in the official script.
 * Of equal scores the first wins. Beside an accuracy p of n questions stands its standard error,
@@ -36,7 +35,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,7 +45,7 @@ from llama import Cache, Llama, generate
 from text.batches import Example, collate
 from text.instructions import Record, read_text
 from text.questions import LETTERS, MMLU_CATEGORIES, check_choices, read_json_lines, read_mmlu
-from text.tokenizer import decode, encode_prompt, load_tokenizer
+from text.tokenizer import Tokenizer
 
 # Below, `progress` is the title of a progress bar on stderr; None means no bar
 
@@ -124,15 +122,17 @@ def choice_scores(
     questions: Sequence[tuple[list[int], list[list[int]]]],
     batch_size: int = 16,
     progress: str | None = None,
+    kept: int = 1,
 ) -> tuple[list[Tensor], int]:
     """The log-likelihood of every choice after its context, and how many contexts were cut.
 
     questions: pairs of a context (tokens, BOS first) and its choices (lists of tokens, none empty).
-    batch_size counts choices. Returns a float64 tensor for each question, and how many questions
-    lost their beginning. Raises UserError when a choice alone is longer than the model's context.
+    batch_size counts choices. kept: how many tokens (BOS) stay where a context loses its beginning.
+    Returns a float64 tensor for each question, and how many questions lost their beginning. Raises
+    UserError when a choice alone is longer than the model's context.
     """
     limit = model.config.max_position_embeddings
-    fitted = [fit(i, *question, limit) for i, question in enumerate(questions, 1)]
+    fitted = [fit(i, *question, limit, kept) for i, question in enumerate(questions, 1)]
     truncated = 0
     for short, (context, _) in zip(fitted, questions, strict=True):
         truncated += len(short) < len(context)
@@ -146,16 +146,18 @@ def choice_scores(
     return scores, truncated
 
 
-def fit(number: int, context: list[int], choices: list[list[int]], limit: int) -> list[int]:
-    """The context, without its beginning (but with BOS) where it and a choice exceed `limit`."""
+def fit(
+    number: int, context: list[int], choices: list[list[int]], limit: int, kept: int
+) -> list[int]:
+    """The context; where it and a choice exceed `limit`, without what follows `kept` tokens."""
     room = limit + 1 - max(len(choice) for choice in choices)  # a choice's last token is no input
-    if room < 1:
+    if room < max(kept, 1):
         raise UserError(
             f"question {number}: a choice exceeds the model's context of {limit} tokens; shorten it"
         )
     if len(context) <= room:
         return context
-    return context[:1] + context[len(context) - room + 1 :]
+    return context[:kept] + context[len(context) - room + kept :]
 
 
 def equal_length_batches(
@@ -209,7 +211,7 @@ def batch_choice_scores(
 
 def multiple_choice(
     model: Llama,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     items: Sequence[tuple],
     batch_size: int = 16,
     progress: str | None = None,
@@ -222,8 +224,9 @@ def multiple_choice(
     """
     encoded = []
     for question, choices, _ in items:
-        encoded.append((encode_prompt(tokenizer, question), tokenizer.encode(choices)))
-    scores, truncated = choice_scores(model, encoded, batch_size, progress)
+        encoded.append(encode_choices(tokenizer, question, choices))
+    kept = len(tokenizer.bos)
+    scores, truncated = choice_scores(model, encoded, batch_size, progress, kept)
     right, right_normalized = [], []
     for score, (_, choices, answer) in zip(scores, items, strict=True):
         characters = torch.tensor([len(choice) for choice in choices])
@@ -241,6 +244,20 @@ def multiple_choice(
     }
 
 
+def encode_choices(
+    tokenizer: Tokenizer, question: str, choices: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """(the question's tokens, those of each choice), as lm-evaluation-harness cuts them.
+
+    A choice's tokens are those that "question choice" has more than the question alone; spaces at a
+    question's end belong to the choices.
+    """
+    stem = question.rstrip()
+    gap = f"{question[len(stem) :]} "
+    context, *whole = tokenizer.encode_all([stem, *(f"{stem}{gap}{choice}" for choice in choices)])
+    return tokenizer.framed(context), [tokens[len(context) :] for tokens in whole]
+
+
 def mean_and_error(right: list[bool]) -> tuple[float, float]:
     """Accuracy and its standard error."""
     p = sum(right) / len(right)
@@ -249,7 +266,7 @@ def mean_and_error(right: list[bool]) -> tuple[float, float]:
 
 def mmlu(
     model: Llama,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     questions: Sequence[tuple[str, str, int]],
     batch_size: int = 16,
     progress: str | None = None,
@@ -263,9 +280,10 @@ def mmlu(
     letters = []  # tokenized as in the solved examples
     for letter in LETTERS:
         letters.append(tokenizer.encode(f"Answer: {letter}")[seam:])
-    encoded = [(encode_prompt(tokenizer, prompt), letters) for _, prompt, _ in questions]
+    encoded = [(tokenizer.encode_prompt(prompt), letters) for _, prompt, _ in questions]
     per_letter = batch_size * len(LETTERS)  # a choice of one token needs no row of its own
-    scores, truncated = choice_scores(model, encoded, per_letter, progress)
+    kept = len(tokenizer.bos)
+    scores, truncated = choice_scores(model, encoded, per_letter, progress, kept)
     right = {}  # subject -> list of bools
     for score, (subject, _, answer) in zip(scores, questions, strict=True):
         right.setdefault(subject, []).append(score.argmax().item() == answer)
@@ -287,26 +305,26 @@ def joined(lists: Iterable[list]) -> list:
 
 def answers(
     model: Llama,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int,
     batch_size: int = 64,
     progress: str | None = None,
 ) -> list[str]:
     """The greedy continuation of each prompt, up to EOS. Prompts of equal length go together."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    texts, eos, device = [None] * len(encoded), tokenizer.eos_id(), next(model.parameters()).device
+    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    texts, device = [None] * len(encoded), next(model.parameters()).device
     for batch in equal_length_batches(encoded, batch_size, progress):
         tokens_BT = torch.tensor([encoded[i] for i in batch], device=device)
-        rows = generate(model, tokens_BT, max_new_tokens, eos_token_id=eos).tolist()
+        rows = generate(model, tokens_BT, max_new_tokens, eos_token_ids=tokenizer.stops).tolist()
         for i, row in zip(batch, rows, strict=True):
-            texts[i] = decode(tokenizer, row[len(encoded[i]) :])  # EOS has no text
+            texts[i] = tokenizer.decode(row[len(encoded[i]) :])  # EOS has no text
     return texts
 
 
 def exact_match(
     model: Llama,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     records: Sequence[Record],
     max_new_tokens: int,
     batch_size: int = 64,
@@ -325,21 +343,19 @@ def exact_match(
 # ---- the command
 
 
-def load(folder: str | pathlib.Path, device: str) -> tuple[Llama, SentencePieceProcessor]:
-    """(model, tokenizer) of any model folder or run, in the dtype that `device` computes in.
+def load(path: str | pathlib.Path, device: str) -> tuple[Llama, Tokenizer]:
+    """(model, tokenizer) of any model or run, in the dtype that `device` computes in.
 
     Raises UserError when the device cannot be used, there is no model or no tokenizer, or they do
     not belong together.
     """
     check_device(device)
-    if not pathlib.Path(folder).is_dir():
-        raise UserError(f"{folder} is no folder; name a folder with a model and its tokenizer")
-    model, tokenizer = formats.load_model(folder, device=device), load_tokenizer(folder)
-    pieces, rows = tokenizer.vocab_size(), model.config.vocab_size
+    model, tokenizer = formats.load_model(path, device=device), formats.load_tokenizer(path)
+    pieces, rows = tokenizer.largest_id() + 1, model.config.vocab_size
     if pieces > rows:
         raise UserError(
-            f"{folder}: the tokenizer has {pieces} pieces, the model's embedding only {rows}; copy "
-            "the tokenizer.model that belongs to the model"
+            f"{path}: the tokenizer has {pieces} pieces, the model's embedding only {rows}; copy "
+            "the tokenizer that belongs to the model"
         )
     stored = model.model.embed_tokens.weight.dtype
     return model.to(compute_dtype(stored, device)), tokenizer
@@ -356,20 +372,22 @@ def report_truncated(truncated: int, questions: int) -> None:
 
 def judge_perplexity(
     model: Llama,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     path: str,
     text: str,
     window: int,
     batch_size: int,
 ) -> None:
     """Prints the perplexity of a text."""
-    tokens = encode_prompt(tokenizer, text)
+    tokens = tokenizer.encode_prompt(text)
+    if len(tokens) < 2:
+        raise UserError(f"{path} is one token long, with nothing before it; give a longer text")
     value = perplexity(model, tokens, window, f"perplexity of {path}", batch_size)
     print(f"{path}: perplexity {value:.4f} over {len(tokens) - 1} tokens, in windows of {window}")
 
 
 def judge_multiple_choice(
-    model: Llama, tokenizer: SentencePieceProcessor, path: str, items: list, batch_size: int
+    model: Llama, tokenizer: Tokenizer, path: str, items: list, batch_size: int
 ) -> None:
     """Prints the accuracy on a file of questions."""
     result = multiple_choice(model, tokenizer, items, batch_size, f"multiple choice, {path}")
@@ -383,7 +401,7 @@ def judge_multiple_choice(
 
 def judge_mmlu(
     model: Llama,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     path: str,
     questions: list,
     shots: int,

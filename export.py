@@ -2,7 +2,7 @@
 
     python export.py merged/7b --out llama-7b.Q4_1.gguf
     llama-cli -m llama-7b.Q4_1.gguf                  (or any other program that reads GGUF)
-    python train.py --weights model.Q4_1.gguf --tokenizer tokenizer.model --data alpaca.json
+    python train.py --weights model.Q4_1.gguf --data alpaca.json
 
 Codes and scales are copied; only offsets round, to float16. `formats/gguf.py` says how.
 """
@@ -17,7 +17,6 @@ from cli.files import check_new, new_file, written_whole
 from formats.files import GGUF_REST
 from formats.gguf import gguf_package, write_back, write_gguf
 from formats.q4_1 import offset_rounding, quantized_layers
-from text.tokenizer import load_tokenizer
 
 
 def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = None) -> list[str]:
@@ -43,7 +42,7 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
             write_back(model, rest, beside)
         else:
             dtype = torch.float32 if embeddings == "f32" else torch.float16
-            write_gguf(model, load_tokenizer(folder), beside, dtype)
+            write_gguf(model, formats.load_tokenizer(folder), beside, dtype)
     lines = [
         f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB",
         f"float16 rounds its offsets by {mean:.2g} of a quantization step on average, "

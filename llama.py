@@ -15,7 +15,7 @@ F feed-forward width, V vocabulary.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -257,27 +257,27 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
-    eos_token_id: int | None = None,
+    eos_token_ids: Sequence[int] = (),
     on_token: Callable | None = None,
 ) -> Tensor:
     """Continues every row of `tokens_BT`: returns prompt and continuation, [B, T + n].
 
-    n is at most `max_new_tokens`. Greedy at temperature 0. Stops once every row has produced
-    `eos_token_id`; a row that ended is filled with it. `on_token(tokens_B)` gets each new column.
+    n is at most `max_new_tokens`. Greedy at temperature 0. Stops once every row has produced one of
+    `eos_token_ids`; a row that ended repeats it. `on_token(tokens_B)` gets each new column.
     """
     B, T = tokens_BT.shape
     assert T > 0 and temperature >= 0 and 0 < top_p <= 1, f"{T=} {temperature=} {top_p=}"
     dtype, device = model.model.embed_tokens.weight.dtype, tokens_BT.device
     cache = Cache(model.config, B, T + max_new_tokens, dtype, device)
+    stop = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     new = tokens_BT
     for _ in range(max_new_tokens):
         last = torch.zeros_like(new, dtype=torch.bool)
         last[:, -1] = True
         token = choose(model(new, cache, keep_BT=last), temperature, top_p, generator)  # [B]
-        if eos_token_id is not None:
-            token = token.masked_fill(ended, eos_token_id)
-            ended |= token == eos_token_id
+        token = torch.where(ended, tokens_BT[:, -1], token)
+        ended |= torch.isin(token, stop)
         new = token[:, None]
         tokens_BT = torch.cat((tokens_BT, new), dim=1)
         if on_token:

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterable
 
 import torch
-from sentencepiece import SentencePieceProcessor
 
 from cli.errors import Parser, UserError, run_command
 from cli.machine import default_device
@@ -25,10 +24,10 @@ from evals import load
 from kernels.int4 import prepare_inference
 from llama import Llama, generate
 from text.instructions import alpaca_prompt
-from text.tokenizer import decode, encode_prompt
+from text.tokenizer import Tokenizer
 
 
-def text_stream(tokenizer: SentencePieceProcessor, write: Callable[[str], None]) -> Callable:
+def text_stream(tokenizer: Tokenizer, write: Callable[[str], None]) -> Callable:
     """A function that takes new tokens and gives `write` the text they add, once it is certain.
 
     A token has no text of its own: the space before a text's first word is dropped, and a character
@@ -40,7 +39,7 @@ def text_stream(tokenizer: SentencePieceProcessor, write: Callable[[str], None])
     def add(new: Iterable[int], last: bool = False):
         nonlocal written
         tokens.extend(new)
-        text = decode(tokenizer, tokens)
+        text = tokenizer.decode(tokens)
         if not last:
             text = text.rstrip("\ufffd")
         write(text[len(written) :])
@@ -51,7 +50,7 @@ def text_stream(tokenizer: SentencePieceProcessor, write: Callable[[str], None])
 
 def sample(
     model: Llama,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     prompt: str,
     write: Callable[[str], None],
     echo: bool = False,
@@ -64,7 +63,7 @@ def sample(
 
     Raises UserError when the prompt leaves no room in the model's context; stops where it is full.
     """
-    tokens, limit = encode_prompt(tokenizer, prompt), model.config.max_position_embeddings
+    tokens, limit = tokenizer.encode_prompt(prompt), model.config.max_position_embeddings
     if len(tokens) >= limit:
         raise UserError(
             f"the prompt has {len(tokens)} tokens and fills the model's context of {limit}; "
@@ -80,7 +79,7 @@ def sample(
         temperature,
         top_p,
         torch.Generator(device).manual_seed(seed),
-        tokenizer.eos_id(),
+        tokenizer.stops,
         lambda new_B: add(new_B.tolist()),
     )
     add([], last=True)

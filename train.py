@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sentencepiece import SentencePieceProcessor
 from torch import nn
 
 import evals
@@ -35,7 +34,7 @@ from qalora import adapter_parameters, add_adapters
 from quant import bits_per_weight
 from text.batches import Example, batch_order, collate, encode
 from text.instructions import Record, read_records
-from text.tokenizer import load_tokenizer
+from text.tokenizer import Tokenizer
 from text.toy import make_world
 
 # ---- the training loop: the base is frozen, only the adapters learn
@@ -122,7 +121,7 @@ def run(settings: Settings) -> None:
     world = None if settings.data else make_world()
     records, form = (world.train, "toy world") if world else read_records(settings.data)
     if settings.weights:  # so that bad data is found before anything slow
-        tokenizer = load_tokenizer(settings.tokenizer or settings.weights)
+        tokenizer = formats.load_tokenizer(settings.tokenizer or settings.weights)
         train, held_out = make_examples(records, form, tokenizer, max_length, seed)
     else:
         torch.set_num_threads(1)  # the tiny model's matrices are too small for two
@@ -197,7 +196,7 @@ def train_adapters(
 
 
 def make_examples(
-    records: list[Record], form: str, tokenizer: SentencePieceProcessor, max_length: int, seed: int
+    records: list[Record], form: str, tokenizer: Tokenizer, max_length: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """(training examples, examples held out for validation: a twentieth, at most 200)."""
     examples, truncated = encode(records, tokenizer, max_length)

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable
 
 import torch
-from sentencepiece import SentencePieceProcessor
 
 import formats
 from baselines import quantize_model_nf4
@@ -30,7 +29,7 @@ from llama import Block, Llama
 from quant import quantize_model
 from text.batches import calibration_windows
 from text.instructions import Record, read_records
-from text.tokenizer import load_tokenizer
+from text.tokenizer import Tokenizer
 from text.toy import World, make_world
 
 # What a run writes
@@ -157,11 +156,10 @@ def uses_gptq(settings: Settings) -> bool:
 def made_from(settings: Settings) -> str:
     """The text of made_from.json for a base with these settings."""
     source = source_of(settings.weights)
-    tokenizer = load_tokenizer(settings.tokenizer or source).serialized_model_proto()
     record = {
         "method": settings.method,
         "source": formats.fingerprint(source),
-        "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "tokenizer": formats.load_tokenizer(settings.tokenizer or source).digest(),
     }
     if settings.method == "qalora":
         for name in ("bits", "group_size", "quantizer"):
@@ -204,10 +202,10 @@ def make_base(settings: Settings, texts: list[str] | None) -> None:
     """Writes the run's base/, quantized by GPTQ on `texts` where that is wanted."""
     source = source_of(settings.weights)
     record = made_from(settings)  # of the weights as they are now
-    tokenizer = load_tokenizer(settings.tokenizer or source)
+    tokenizer = formats.load_tokenizer(settings.tokenizer or source)
     with written_whole(pathlib.Path(settings.out) / "base") as folder:
         folder.mkdir()
-        (folder / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
+        tokenizer.save(folder)
         if formats.quantization_of(source) is not None:
             formats.import_base(source, folder)
         else:
@@ -220,7 +218,7 @@ def quantize_into(
     source: pathlib.Path,
     settings: Settings,
     texts: list[str] | None,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
 ) -> None:
     """Writes float weights as the base of a method: float for lora, NF4 for qlora, else codes.
 

@@ -95,8 +95,13 @@ def check_new(path: pathlib.Path) -> None:
 
 def read_json(path: pathlib.Path) -> dict:
     """The object in a JSON file. UserError if it holds anything else."""
+    return json_object(path.read_bytes(), path)
+
+
+def json_object(text: bytes, path: pathlib.Path) -> dict:
+    """The object in a JSON file's text. UserError, naming `path`, if it holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON ({e}); correct it, or fetch it again") from None
     if not isinstance(content, dict):

@@ -6,7 +6,6 @@ import pathlib
 from shlex import quote
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import nn
 
 import evals
@@ -18,6 +17,7 @@ from formats.run import save_merged
 from merge import merge
 from quant import bits_per_weight
 from text.batches import Example, collate, encode
+from text.tokenizer import Tokenizer
 from text.toy import World
 
 
@@ -68,7 +68,7 @@ def merge_and_judge(
 
 
 def merge_and_judge_toy(
-    settings: Settings, model: nn.Module, tokenizer: SentencePieceProcessor, world: World
+    settings: Settings, model: nn.Module, tokenizer: Tokenizer, world: World
 ) -> dict:
     """Merges `model`, scores every stage in the toy world; prints and returns the results."""
     out, device = pathlib.Path(settings.out), settings.device

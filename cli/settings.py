@@ -23,7 +23,6 @@ from cli.machine import check_device, default_device
 from llama import CONFIGS, LINEARS, LlamaConfig
 from qalora import check_targets
 from quant import check_group_size
-from text.tokenizer import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ def option_parser(description: str) -> Parser:
     names = " ".join(CONFIGS)
     add("--model", help=f"tiny (default without --weights), or the weights' size: {names}")
     add("--weights", help="a LLaMA: a folder (Hugging Face, Meta, merged) or a Q4_1 .gguf file")
-    add("--tokenizer", help="its sentencepiece model, where the weights' folder has none")
+    add("--tokenizer", help="its tokenizer.model or tokenizer.json, where the weights have none")
     add("--data", help="instructions (JSON, JSONL; see text/instructions.py) or plain text")
     add("--calibration", help="text or instructions for GPTQ (default: the training data)")
     add("--calibration-tokens", type=size, help="tokens of it at most (262144: 128 x 2048)")
@@ -372,20 +371,15 @@ def check_tokenizer(settings: Settings, config: LlamaConfig) -> None:
     if not (settings.weights or settings.tokenizer):
         return  # the tiny model's is still to be made
     source = settings.tokenizer or settings.weights
-    if not settings.tokenizer and pathlib.Path(settings.weights).is_file():
+    tokenizer = formats.load_tokenizer(source)
+    if tokenizer.largest_id() >= config.vocab_size:
         raise UserError(
-            f"{source} needs --tokenizer FILE, the sentencepiece model that belongs to it"
-        )
-    tokenizer = load_tokenizer(source)
-    pieces = tokenizer.vocab_size()
-    if pieces > config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {source} has {pieces} pieces, but "
+            f"the tokenizer of {source} has {tokenizer.largest_id() + 1} pieces, but "
             f"{settings.weights or 'the tiny model'} has an embedding (model.embed_tokens.weight) "
             f"for {config.vocab_size}: they do not belong together; name the right one with "
             "--tokenizer"
         )
-    if settings.weights:
+    if settings.weights and settings.tokenizer:
         formats.check_tokenizer(settings.weights, tokenizer)
 
 

@@ -5,7 +5,6 @@ import random
 
 import torch
 import torch.nn.functional as F
-from sentencepiece import SentencePieceProcessor
 from torch import nn
 from tqdm import tqdm
 
@@ -15,7 +14,7 @@ from formats.huggingface import save_pretrained
 from llama import CONFIGS, Llama, LlamaConfig
 from quant import bits_per_weight
 from text.batches import token_stream, windows
-from text.tokenizer import train_tokenizer
+from text.tokenizer import Tokenizer, train_tokenizer
 from text.toy import World
 
 TOY_BASE = pathlib.Path("runs/tiny-base")
@@ -80,7 +79,7 @@ def toy_documents(world: World) -> list[str]:
 def score(
     label: str,
     model: nn.Module,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     world: World,
     files: list[pathlib.Path],
 ) -> dict:

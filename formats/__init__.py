@@ -13,7 +13,8 @@ and, so that it can be fine-tuned,
 
     open_weights(path)          float weights: (config, {parameter name: a function that reads it})
     import_base(path, folder)   quantized ones: writes a folder of our own, without the tokenizer
-    check_tokenizer(path, tokenizer)   only where the file has a vocabulary to compare with
+    load_tokenizer(path)               } only where the file of weights
+    check_tokenizer(path, tokenizer)   } brings its vocabulary
 
 A run of train.py is accepted wherever a model is.
 """
@@ -22,12 +23,13 @@ import pathlib
 from types import ModuleType
 
 import torch
-from sentencepiece import SentencePieceProcessor
 
 from cli.errors import UserError
 from formats import gguf, huggingface, meta, quantized, run
 from formats.files import fingerprint_of
 from llama import Llama, LlamaConfig
+from text import tokenizer as tokenizer_files
+from text.tokenizer import Tokenizer
 
 __all__ = [
     "check",
@@ -38,6 +40,7 @@ __all__ = [
     "import_base",
     "load_model",
     "load_pretrained",
+    "load_tokenizer",
     "open_weights",
     "quantization_of",
     "read_config",
@@ -90,11 +93,20 @@ def check(path: str | pathlib.Path) -> None:
     format_of(path).check(pathlib.Path(path))
 
 
-def check_tokenizer(path: str | pathlib.Path, tokenizer: SentencePieceProcessor) -> None:
+def check_tokenizer(path: str | pathlib.Path, tokenizer: Tokenizer) -> None:
     """Raises UserError when the weights come with a vocabulary that is not the tokenizer's."""
     module = format_of(path)
     if hasattr(module, "check_tokenizer"):
         module.check_tokenizer(pathlib.Path(path), tokenizer)
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer of the model at `path`, or in a file of its own."""
+    path = pathlib.Path(path)
+    for module in FORMATS:
+        if hasattr(module, "load_tokenizer") and module.matches(path):
+            return module.load_tokenizer(path)
+    return tokenizer_files.load_tokenizer(path)
 
 
 def open_weights(path: str | pathlib.Path) -> tuple:

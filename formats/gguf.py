@@ -10,7 +10,7 @@ of the quantized layers are kept beside the base, in gguf.safetensors, and writt
 places: what fine-tuning did not change comes out byte for byte.
 
 The `gguf` package (pip install gguf) knows the container and the constants; it is imported only
-where it is needed. `formats/q4_1.py` has the blocks and the vocabulary.
+where it is needed. `formats/q4_1.py` has the blocks, `formats/gguf_vocabulary.py` the tokenizer.
 """
 
 import functools
@@ -24,15 +24,16 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import save_file
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from cli.errors import UserError
 from cli.files import written_whole
 from formats.files import GGUF_REST, checked_config, fill, open_file
-from formats.q4_1 import from_q4_1, quantized_layers, rotary_heads, to_q4_1, vocabulary
+from formats.gguf_vocabulary import tokenizer_of, write_vocabulary
+from formats.q4_1 import from_q4_1, quantized_layers, rotary_heads, to_q4_1
 from formats.quantized import quantized_skeleton, save_quantized
 from llama import LINEARS, Llama, LlamaConfig
+from text.tokenizer import Tokenizer
 
 TENSORS = {  # llama.cpp's name of each module
     "model.embed_tokens": "token_embd",
@@ -143,32 +144,34 @@ def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     save_rest(reader, others, folder / GGUF_REST)
 
 
-def check_tokenizer(path: pathlib.Path, tokenizer: SentencePieceProcessor) -> None:
-    """Raises UserError as `open_gguf` does, and when the tokenizer is not the file's own."""
+def load_tokenizer(path: pathlib.Path) -> Tokenizer:
+    """The file's own tokenizer; UserError as `open_gguf` does, and for one of an unknown kind."""
     reader, config, _ = open_gguf(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind != "llama":
-        raise UserError(f"{path}: its tokenizer is of kind {kind}, not sentencepiece's")
-    pieces = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(pieces, list) or len(pieces) != config.vocab_size:
+    tokenizer = tokenizer_of(metadata, path)
+    if len(tokenizer.vocabulary.pieces) != config.vocab_size:
         raise UserError(
             f"{path}: its vocabulary does not have its embedding's {config.vocab_size} pieces; "
             "fetch it again"
         )
-    for i in range(tokenizer.vocab_size()):
-        ours, theirs = tokenizer.id_to_piece(i), pieces[i] if i < len(pieces) else None
-        if ours != theirs:
+    return tokenizer
+
+
+def check_tokenizer(path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError as `load_tokenizer` does, and when `tokenizer` is not the file's own."""
+    own = load_tokenizer(path)
+    theirs = own.vocabulary.pieces
+    for i, ours in enumerate(tokenizer.vocabulary.pieces):
+        if i >= len(theirs) or ours != theirs[i]:
+            theirs_i = theirs[i] if i < len(theirs) else None
             raise UserError(
-                f"{path}: piece {i} of its vocabulary is {theirs!r}, the tokenizer's is {ours!r}; "
-                "name the model's own file with --tokenizer"
+                f"{path}: piece {i} of its vocabulary is {theirs_i!r}, the tokenizer's is "
+                f"{ours!r}; leave out --tokenizer"
             )
-    theirs = config.bos_token_id, config.eos_token_id
-    ours = tokenizer.bos_id(), tokenizer.eos_id()
-    if ours != theirs:
+    if (own.bos, own.eos) != (tokenizer.bos, tokenizer.eos):
         raise UserError(
-            f"{path}: BOS and EOS are {theirs[0]} and {theirs[1]}, the tokenizer's {ours[0]} and "
-            f"{ours[1]}; name the model's own file with --tokenizer"
+            f"{path}: BOS and EOS are {own.bos} and {own.eos}, the tokenizer's {tokenizer.bos} and "
+            f"{tokenizer.eos}; leave out --tokenizer"
         )
 
 
@@ -320,7 +323,7 @@ def dequantized(path: pathlib.Path, tensor: Any, dtype: torch.dtype) -> Tensor:
 
 def write_gguf(
     model: Llama,
-    tokenizer: SentencePieceProcessor,
+    tokenizer: Tokenizer,
     path: pathlib.Path,
     embeddings: torch.dtype = torch.float16,
 ) -> None:
@@ -353,7 +356,7 @@ def write_gguf(
     write_tensors(path, start, places, start + end)
 
 
-def write_metadata(writer: Any, config: LlamaConfig, tokenizer: SentencePieceProcessor) -> None:
+def write_metadata(writer: Any, config: LlamaConfig, tokenizer: Tokenizer) -> None:
     """Adds all hyperparameters and the vocabulary to a GGUFWriter."""
     gguf = gguf_package()
     writer.add_type("model")
@@ -363,18 +366,7 @@ def write_metadata(writer: Any, config: LlamaConfig, tokenizer: SentencePiecePro
         is_float = field in ("rms_norm_eps", "rope_theta")
         add = writer.add_float32 if is_float else writer.add_uint32
         add(f"llama.{key}", getattr(config, field))
-    pieces, scores, types, add_space_prefix = vocabulary(tokenizer, config.vocab_size)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(pieces)
-    writer.add_token_scores(scores)
-    writer.add_token_types(types)
-    writer.add_bos_token_id(tokenizer.bos_id())
-    writer.add_eos_token_id(tokenizer.eos_id())
-    writer.add_unk_token_id(tokenizer.unk_id())
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(add_space_prefix)
+    write_vocabulary(writer, tokenizer, config.vocab_size)
 
 
 def stored_tensors(model: Llama, embeddings: torch.dtype) -> dict[str, tuple]:

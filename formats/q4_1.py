@@ -1,18 +1,11 @@
-"""A matrix in GGUF's Q4_1 blocks, and sentencepiece's vocabulary as GGUF keeps it."""
-
-import io
-import struct
-from collections.abc import Iterator
+"""A matrix in GGUF's Q4_1 blocks."""
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 from cli.errors import UserError
 from llama import LlamaConfig, linears
 from quant import Quantized, QuantLinear, unpack
-
-# ---- a matrix
 
 
 def to_q4_1(layer: QuantLinear, heads: int | None = None) -> Tensor:
@@ -90,75 +83,3 @@ def offset_rounding(model: nn.Module) -> tuple[float, float]:
         total += steps.sum(dtype=torch.float64).item()
         count += len(steps)
     return largest, total / max(count, 1)
-
-
-# ---- the vocabulary
-
-
-def vocabulary(
-    tokenizer: SentencePieceProcessor, size: int
-) -> tuple[list[str], list[float], list[int], bool]:
-    """(pieces, scores, types, add_space_prefix) as GGUF keeps them, padded to `size` pieces.
-
-    sentencepiece's numbers for types (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused,
-    6 byte) are GGUF's. Raises UserError for a tokenizer that is larger than `size`, or that does
-    what llama.cpp does not: it merges pieces by score (sentencepiece's BPE) and normalizes nothing
-    but spaces.
-    """
-    model = list(protobuf_fields(tokenizer.serialized_model_proto()))
-    pieces = [dict(protobuf_fields(value)) for number, value in model if number == 1]
-    trainer = dict(protobuf_fields(dict(model).get(2, b"")))
-    normalizer = dict(protobuf_fields(dict(model).get(3, b"")))
-    if len(pieces) > size:
-        raise UserError(
-            f"the tokenizer has {len(pieces)} pieces, the embedding {size}: they do not belong "
-            "together; copy the model's own tokenizer.model into its folder"
-        )
-    check_like_llama(trainer, normalizer)
-    padding = range(len(pieces), size)
-    names = [piece[1].decode() for piece in pieces] + [f"[PAD{i}]" for i in padding]
-    scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces]
-    types = [piece.get(3, 1) for piece in pieces]
-    scores += [-10000.0] * len(padding)
-    types += [5] * len(padding)
-    return names, scores, types, bool(normalizer.get(3, 1))
-
-
-def check_like_llama(trainer: dict, normalizer: dict) -> None:
-    """Raises UserError where llama.cpp would tokenize otherwise than a sentencepiece model.
-
-    The two are messages of sentencepiece_model.proto, as field numbers and values.
-    """
-    differs = {
-        "it is not a BPE model": trainer.get(3, 1) != 2,
-        "it puts spaces after words": trainer.get(24, 0),
-        "it changes characters": normalizer.get(2),
-        "it removes spaces": normalizer.get(4, 1),
-        "it does not escape spaces": not normalizer.get(5, 1),
-    }
-    for what, does in differs.items():
-        if does:
-            raise UserError(
-                f"llama.cpp would tokenize otherwise than this sentencepiece model: {what}; "
-                "only tokenizers like LLaMA's can be exported"
-            )
-
-
-def protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yields (number, value) of each field of a protocol buffer: an int for a varint, or bytes."""
-    stream = io.BytesIO(message)
-
-    def varint():
-        value = shift = 0
-        while True:
-            byte = stream.read(1)[0]
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    fixed = {1: 8, 5: 4}  # bytes of a double and a float; others come with their length
-    while stream.tell() < len(message):
-        key = varint()
-        number, kind = key >> 3, key & 7
-        yield number, varint() if kind == 0 else stream.read(fixed.get(kind) or varint())

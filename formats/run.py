@@ -1,7 +1,6 @@
 """A run of train.py as a model: its base with its adapter merged in, in memory or as a folder."""
 
 import functools
-import hashlib
 import pathlib
 import shutil
 from shlex import quote
@@ -105,15 +104,11 @@ def load_run(
 
 def check_tokenizer_of_run(base: pathlib.Path) -> None:
     """Raises UserError when the tokenizer in base/ is not the one that the run was trained with."""
-    record, tokenizer = base / "made_from.json", base / "tokenizer.model"
-    if not record.exists():
-        return
-    if not tokenizer.exists():
-        raise UserError(f"{tokenizer} is missing; copy the run's tokenizer.model there again")
-    found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    if found != read_json(record).get("tokenizer"):
+    record = base / "made_from.json"
+    if record.exists() and load_tokenizer(base).digest() != read_json(record).get("tokenizer"):
         raise UserError(
-            f"{tokenizer} is not the one that the run was trained with; copy that one there again"
+            f"the tokenizer in {base} is not the one that the run was trained with; copy that one "
+            "there again"
         )
 
 
@@ -124,8 +119,7 @@ def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path) -> 
     """Writes a merged model and its run's tokenizer as a model folder."""
     with written_whole(folder) as beside:
         beside.mkdir()
-        tokenizer = load_tokenizer(run / "base")
-        (beside / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
+        load_tokenizer(run / "base").save(beside)
         copy_gguf_rest(run / "base", beside)
         in_groups = any(isinstance(layer, QuantLinear) for layer in model.modules())
         save = quantized.save_quantized if in_groups else huggingface.save_pretrained

@@ -1,8 +1,8 @@
 """Records into examples, examples into batches, and plain text into windows.
 
 Prompt and response are tokenized separately and joined, so the tokens of a response do not depend
-on the prompt. LLaMA's tokenizer puts a space before every text: the model reads
-`### Response: Oslo.`, and answers `### Response:` with a text that begins with that space.
+on the prompt. A space stands between them: the model reads `### Response: Oslo.`, and answers
+`### Response:` with a text that begins with that space.
 """
 
 import functools
@@ -13,21 +13,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from text.instructions import Record
+from text.tokenizer import Tokenizer
 
 
 class Example(NamedTuple):
-    """The tokens BOS, prompt, response, EOS, and how many of them (BOS and prompt) have no loss."""
+    """The tokens of BOS if the model has one, prompt, response and EOS; the first have no loss."""
 
     tokens: np.ndarray  # int32
-    prompt_length: int
+    prompt_length: int  # how many: BOS and prompt, at least one token
 
 
 def encode(
-    records: Sequence[Record], tokenizer: SentencePieceProcessor, max_length: int
+    records: Sequence[Record], tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[Example], int]:
     """Tokenizes records; returns the examples, and how many records exceed `max_length` tokens.
 
@@ -37,14 +37,16 @@ def encode(
     truncated = 0
     for start in range(0, len(records), 4096):  # a list of integers takes ten times an array's room
         chunk = records[start : start + 4096]
-        prompts = tokenizer.encode([record.prompt for record in chunk])
-        responses = tokenizer.encode([record.response for record in chunk])
+        prompts = tokenizer.encode_all([record.prompt for record in chunk])
+        responses = tokenizer.encode_all(
+            [tokenizer.after_space(r.response) if r.prompt else r.response for r in chunk]
+        )
         for prompt, response in zip(prompts, responses, strict=True):
-            tokens = [tokenizer.bos_id(), *prompt, *response, tokenizer.eos_id()]
+            before = tokenizer.framed(prompt)
+            tokens = [*before, *response, tokenizer.eos]
             truncated += len(tokens) > max_length
-            if 1 + len(prompt) < max_length:
-                kept = np.array(tokens[:max_length], np.int32)
-                examples.append(Example(kept, 1 + len(prompt)))
+            if len(before) < max_length:
+                examples.append(Example(np.array(tokens[:max_length], np.int32), len(before)))
     return examples, truncated
 
 
@@ -92,12 +94,11 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> tuple[Tensor, Tenso
     return tokens_BT, loss_BT
 
 
-def token_stream(texts: list[str], tokenizer: SentencePieceProcessor) -> Tensor:
+def token_stream(texts: list[str], tokenizer: Tokenizer) -> Tensor:
     """All texts in one int64 tensor [N], each between BOS and EOS; for pretraining, perplexity."""
-    bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
     stream = []
-    for tokens in tokenizer.encode(texts):
-        stream += [bos, *tokens, eos]
+    for tokens in tokenizer.encode_all(texts):
+        stream += [*tokenizer.bos, *tokens, tokenizer.eos]
     return torch.tensor(stream)
 
 
@@ -109,9 +110,7 @@ def windows(tokens_N: Tensor, batch_size: int, length: int, generator: torch.Gen
     return tokens_N[start_B[:, None] + torch.arange(length)]  # [B, T]
 
 
-def calibration_windows(
-    texts: list[str], tokenizer: SentencePieceProcessor, context: int, count: int
-) -> Tensor:
+def calibration_windows(texts: list[str], tokenizer: Tokenizer, context: int, count: int) -> Tensor:
     """About `count` tokens of the texts, in adjacent windows [N, T] for GPTQ.
 
     context: the model's; a window has at most 2,048 tokens.

@@ -1,93 +1,209 @@
-"""The tokenizer: a sentencepiece model like LLaMA's, loaded from a folder or trained on text."""
+"""Tokenizers: text to tokens and back, and a model's rules for the tokens around a text.
 
-import io
+Two kinds stand behind `Tokenizer`: sentencepiece (LLaMA-1 and -2, Mistral; tokenizer.model) and
+byte-level BPE (LLaMA-3, SmolLM2; tokenizer.json, or Meta's file for tiktoken). What is a control
+token follows from the rules alone: a text that spells `</s>` or `<|eot_id|>` is a text like any
+other.
+"""
+
+import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Iterable, Sequence
 
-import sentencepiece
-
 from cli.errors import UserError
-from cli.files import written_whole
+from cli.files import json_object, written_whole
+from text import byte_level, sentencepieces
+from text.vocabulary import CONTROL, UNUSED, Vocabulary
+
+MODEL, JSON = "tokenizer.model", "tokenizer.json"  # a folder has one of them, or both
+BESIDE = (  # what Hugging Face's folders have beside them
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 
 
-def load_tokenizer(path: str | pathlib.Path) -> sentencepiece.SentencePieceProcessor:
-    """Reads a sentencepiece file, or the tokenizer.model of a model folder or of a run's base/.
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary, and the rules of the model that was trained with it."""
 
-    Raises UserError if there is none, if it is damaged, or if it has no BOS or EOS piece.
+    files: dict[str, bytes]  # what it is saved as: names of files, and their contents
+    vocabulary: Vocabulary
+    bos: tuple[int, ...]  # what the model has before a text: one token, or none
+    eos: int  # what ends a text; training learns it at the end of a response
+    stops: tuple[int, ...]  # what ends generation: EOS, and perhaps others, such as a turn's end
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without BOS and EOS."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text; faster than one by one."""
+        return self.vocabulary.encode_all(texts)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, after BOS if the model has one; EOS if there would be none."""
+        return self.framed(self.encode(prompt))
+
+    def framed(self, tokens: list[int]) -> list[int]:
+        """A prompt's tokens after BOS if the model has one; EOS if there would be none."""
+        return [*self.bos, *tokens] or [self.eos]
+
+    def after_space(self, text: str) -> str:
+        """What to encode for a text that follows another one and a space; an empty one needs none.
+
+        LLaMA's sentencepiece model adds a space to whatever it encodes.
+        """
+        return text if self.vocabulary.adds_space or not text else f" {text}"
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; control tokens have none.
+
+        An embedding may have more rows than the tokenizer has pieces, padded to a round number.
+        Tokens of such rows have no text.
+        """
+        size = len(self.vocabulary.pieces)
+        return self.vocabulary.decode([token for token in tokens if token < size])
+
+    def largest_id(self) -> int:
+        """The largest id that a text can become, BOS and EOS included."""
+        kinds = self.vocabulary.kinds
+        used = [i for i, kind in enumerate(kinds) if kind not in (CONTROL, UNUSED)]
+        return max(*used, *self.bos, self.eos)
+
+    def digest(self) -> str:
+        """SHA-256 of its files."""
+        return hashlib.sha256(b"".join(self.files[name] for name in sorted(self.files))).hexdigest()
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes its files into a folder."""
+        for name, content in self.files.items():
+            (pathlib.Path(folder) / name).write_bytes(content)
+
+
+# ---- from files
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """Reads a tokenizer's file, or that of a model folder or of a run's base/.
+
+    What stands beside the file, such as tokenizer_config.json, is read as well. Raises UserError if
+    there is none, if it is damaged, or if it does not say what ends a text.
     """
     path = pathlib.Path(path)
-    candidates = [path]
-    if path.is_dir():
-        candidates = [path / "tokenizer.model", path / "base" / "tokenizer.model"]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        raise UserError(
-            f"no tokenizer: {candidates[0]} does not exist; copy the model's tokenizer.model there"
-        )
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except RuntimeError:
-        raise UserError(
-            f"{file} is not a sentencepiece model or is damaged; "
-            "copy the model's tokenizer.model again"
-        ) from None
-    if min(tokenizer.bos_id(), tokenizer.eos_id()) < 0:
-        raise UserError(
-            f"{file} has no BOS or no EOS piece; use the tokenizer.model that belongs to the model"
-        )
-    return tokenizer
+    file = path if path.is_file() else find_tokenizer(path)
+    content = file.read_bytes()
+    if byte_level.is_tiktoken(content):
+        return make_tokenizer(byte_level.from_tiktoken(content, file), file)
+    files = {JSON if content.lstrip().startswith(b"{") else MODEL: content}
+    for name in BESIDE:
+        if (file.parent / name).is_file():
+            files[name] = (file.parent / name).read_bytes()
+    return make_tokenizer(files, file)
 
 
-def encode_prompt(tokenizer: sentencepiece.SentencePieceProcessor, prompt: str) -> list[int]:
-    """The tokens of a prompt, after BOS."""
-    return [tokenizer.bos_id(), *tokenizer.encode(prompt)]
+def find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    """The file of the tokenizer of a model folder or a run; UserError where there is none."""
+    for place in (folder, folder / "base"):
+        model, json_file = place / MODEL, place / JSON
+        if model.is_file() and not (json_file.is_file() and is_tiktoken_file(model)):
+            return model
+        if json_file.is_file():  # with a file for tiktoken, it has the same tokens and says more
+            return json_file
+    raise UserError(
+        f"no tokenizer: {folder / MODEL} does not exist, nor {JSON}; copy the model's there"
+    )
 
 
-def decode(tokenizer: sentencepiece.SentencePieceProcessor, tokens: Sequence[int]) -> str:
-    """The text of tokens.
+def is_tiktoken_file(file: pathlib.Path) -> bool:
+    """Whether a file is Meta's for tiktoken."""
+    with file.open("rb") as f:
+        return byte_level.is_tiktoken(f.read(200))
 
-    An embedding may have more rows than the tokenizer has pieces, padded to a round number. Tokens
-    of such rows have no text.
+
+def make_tokenizer(files: dict[str, bytes], where: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer of its files' contents by name; `where` they come from is for errors.
+
+    Raises UserError as `load_tokenizer` does.
     """
-    return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size()])
+    beside = {}
+    for name in BESIDE:
+        path = pathlib.Path(where).with_name(name)
+        beside[name] = json_object(files[name], path) if name in files else {}
+    if JSON in files:
+        vocabulary = byte_level.open_json(files[JSON], where)
+    else:
+        vocabulary = sentencepieces.open_model(files[MODEL], added_tokens(beside, where), where)
+    config = {**beside["special_tokens_map.json"], **beside["tokenizer_config.json"]}
+    bos = named(config, "bos_token", vocabulary, where)
+    bos = vocabulary.bos if bos is None else bos
+    adds_bos = config.get("add_bos_token")
+    if adds_bos is None:  # then the file itself says so
+        adds_bos = vocabulary.bos is not None
+    if adds_bos and bos is None:
+        raise UserError(f"{where} has no BOS; use the tokenizer that belongs to the model")
+    stops = stop_ids(beside["generation_config.json"], where)
+    eos = named(config, "eos_token", vocabulary, where)
+    for other in (vocabulary.eos, *stops):
+        eos = other if eos is None else eos
+    if eos is None:
+        raise UserError(f"{where} has no EOS; use the tokenizer that belongs to the model")
+    return Tokenizer(
+        files, vocabulary, (bos,) if adds_bos else (), eos, tuple(dict.fromkeys([eos, *stops]))
+    )
 
 
-def train_tokenizer(
-    texts: Iterable[str], path: str | pathlib.Path, vocab_size: int
-) -> sentencepiece.SentencePieceProcessor:
-    """Trains a BPE tokenizer on `texts`, writes it to the file `path` and returns it.
-
-    Numbered like LLaMA's: unk 0, BOS 1, EOS 2, then the 256 bytes. The bytes make encode and decode
-    exact for every text, except for U+2581, which is how sentencepiece writes a space. Line breaks
-    are always bytes: no piece contains one. The same texts give the same file.
-
-    Raises UserError if `vocab_size` is more than the texts can fill, or too small for their
-    characters.
-    """
-    model = io.BytesIO()
+def added_tokens(beside: dict[str, dict], where: str | pathlib.Path) -> dict[int, tuple[str, bool]]:
+    """{id: (text, whether it is a control token)} of what was added to a sentencepiece model."""
+    added = {}
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            max_sentence_length=2**30,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as e:
-        reason = str(e).split("] ")[-1] or "it is empty"
+        for text, i in beside["added_tokens.json"].items():
+            added[int(i)] = str(text), True
+        for i, token in beside["tokenizer_config.json"].get("added_tokens_decoder", {}).items():
+            added[int(i)] = str(token["content"]), bool(token.get("special", True))
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(
-            f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}"
+            f"{where}: the added tokens beside it are damaged; copy added_tokens.json and "
+            "tokenizer_config.json again"
         ) from None
+    return added
+
+
+def named(config: dict, name: str, vocabulary: Vocabulary, where: str | pathlib.Path) -> int | None:
+    """The id of the token that a config calls bos_token or eos_token; None where it names none."""
+    token = config.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return None
+    if token not in vocabulary.pieces:
+        raise UserError(
+            f"{where} has no {token!r}, which the files beside it name as {name}; they do not "
+            "belong together, copy the model's own"
+        )
+    return vocabulary.pieces.index(token)
+
+
+def stop_ids(generation: dict, where: str | pathlib.Path) -> list[int]:
+    """What generation_config.json says ends a text: none, one or several tokens."""
+    ids = generation.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids] * (ids is not None)
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(
+            f"{pathlib.Path(where).with_name('generation_config.json')}: eos_token_id = "
+            f"{json.dumps(ids)} is no token's number; correct it"
+        )
+    return ids
+
+
+def train_tokenizer(texts: Iterable[str], path: str | pathlib.Path, vocab_size: int) -> Tokenizer:
+    """Trains a sentencepiece tokenizer, writes it to the file `path` and returns it.
+
+    See `sentencepieces.train_model`.
+    """
+    model = sentencepieces.train_model(texts, vocab_size)
     with written_whole(path) as beside:
-        beside.write_bytes(model.getvalue())
+        beside.write_bytes(model)
     return load_tokenizer(path)
-
-
-def _lines(texts):
-    for text in texts:
-        yield from text.split("\n")

@@ -1,0 +1,220 @@
+"""A GGUF file's vocabulary, as a tokenizer and back: `tokenizer.ggml.*` in its metadata.
+
+Two kinds (`tokenizer.ggml.model`): "llama" is sentencepiece's BPE, with pieces, scores and kinds;
+"gpt2" is byte-level BPE, with pieces, kinds and merges, and a name for how a text is cut into words
+(`pre`). What ends a text besides EOS is not in the file: llama.cpp knows it by its name.
+"""
+
+import json
+import pathlib
+import struct
+from typing import Any
+
+from cli.errors import UserError
+from text import byte_level, sentencepieces
+from text.tokenizer import JSON, MODEL, Tokenizer, make_tokenizer
+from text.vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, unused
+
+PREFIX = "tokenizer.ggml."
+# Tokens that end a text or a turn, whatever a file says of their kind (llama.cpp's llama-vocab.cpp)
+ENDS = (
+    "</s>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+)
+
+
+# ---- from a file
+
+
+def tokenizer_of(metadata: dict[str, Any], path: pathlib.Path) -> Tokenizer:
+    """The tokenizer in a GGUF file's metadata; UserError, naming the file, for one of other kinds.
+
+    Its files are what Hugging Face's folders hold.
+    """
+    found = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
+    kind, pieces = found.get("model"), found.get("tokens")
+    if kind not in ("llama", "gpt2"):
+        raise UserError(
+            f"{path}: its tokenizer is of the kind {kind}; only llama and gpt2 are supported"
+        )
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+        raise UserError(f"{path}: its vocabulary has no pieces; fetch it again")
+    kinds = numbers(found, "token_type", pieces, path)
+    for i, piece in enumerate(pieces):
+        if piece in ENDS:
+            kinds[i] = CONTROL
+    special = special_ids(found, pieces, path)
+    try:
+        if kind == "llama":
+            files = {MODEL: sentencepiece_model(found, pieces, kinds, path)}
+        else:
+            words = found.get("pre", "default")
+            bos = special.get("bos") if found.get("add_bos_token", words == "llama-bpe") else None
+            files = {JSON: byte_level_json(found, pieces, kinds, words, bos)}
+    except UserError as e:
+        raise UserError(f"{path}: {e}; its vocabulary is damaged or of another kind") from None
+    return make_tokenizer(files | rules(found, pieces, kinds, special), path)
+
+
+def sentencepiece_model(
+    found: dict, pieces: list[str], kinds: list[int], path: pathlib.Path
+) -> bytes:
+    """The content of a tokenizer.model."""
+    if UNKNOWN not in kinds:
+        kinds[found.get("unknown_token_id", 0)] = UNKNOWN
+    scores = numbers(found, "scores", pieces, path)
+    return sentencepieces.make_model(pieces, scores, kinds, found.get("add_space_prefix", True))
+
+
+def byte_level_json(
+    found: dict, pieces: list[str], kinds: list[int], words: str, bos: int | None
+) -> bytes:
+    """The content of a tokenizer.json."""
+    if words not in byte_level.WORDS:
+        raise UserError(
+            f"texts are cut into words as {PREFIX}pre = {words} says, and only "
+            f"{', '.join(byte_level.WORDS)} are supported"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in found.get("merges", [])]
+    return byte_level.make_json(pieces, kinds, merges, words, bos)
+
+
+def special_ids(found: dict, pieces: list[str], path: pathlib.Path) -> dict[str, int]:
+    """{"bos", "eos", "eot", "eom": id} of those that a file names; llama's have 1 and 2."""
+    ids = {"bos": 1, "eos": 2} if found["model"] == "llama" else {}
+    for name in ("bos", "eos", "eot", "eom"):
+        ids[name] = found.get(f"{name}_token_id", ids.get(name))
+        if ids[name] is not None and not 0 <= ids[name] < len(pieces):
+            raise UserError(
+                f"{path}: {PREFIX}{name}_token_id = {ids[name]} is none of its {len(pieces)} "
+                "pieces; fetch it again"
+            )
+    if ids["eos"] is None:
+        raise UserError(f"{path}: {PREFIX}eos_token_id is missing; fetch it again")
+    return ids
+
+
+def rules(
+    found: dict, pieces: list[str], kinds: list[int], special: dict[str, int]
+) -> dict[str, bytes]:
+    """Hugging Face's files of the rules around a text; without those that they imply."""
+    stops = {special[name]: None for name in ("eos", "eot", "eom") if special[name] is not None}
+    stops |= {i: None for i, piece in enumerate(pieces) if piece in ENDS}
+    config = {"eos_token": pieces[special["eos"]]}
+    if special["bos"] is not None:
+        config["bos_token"] = pieces[special["bos"]]
+    if "add_bos_token" in found:
+        config["add_bos_token"] = found["add_bos_token"]
+    if "tokenizer.chat_template" in found:
+        config["chat_template"] = found["tokenizer.chat_template"]
+    return {
+        "tokenizer_config.json": json.dumps(config, indent=1).encode(),
+        "generation_config.json": json.dumps({"eos_token_id": list(stops)}, indent=1).encode(),
+    }
+
+
+def numbers(found: dict, name: str, pieces: list[str], path: pathlib.Path) -> list:
+    """A list with a number for each piece; of token_type, which may be missing, NORMAL then."""
+    values = found.get(name)
+    if values is None and name == "token_type":
+        values = [NORMAL] * len(pieces)
+    if not isinstance(values, list) or len(values) != len(pieces):
+        raise UserError(
+            f"{path}: {PREFIX}{name} does not have a number for each of its {len(pieces)} pieces; "
+            "fetch it again"
+        )
+    return values
+
+
+# ---- into a file
+
+
+def write_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
+    """Adds a tokenizer to a GGUFWriter, filled up to `size` pieces.
+
+    Raises UserError for a tokenizer that is larger than `size`, or that does what llama.cpp does
+    not.
+    """
+    pieces, kinds = list(tokenizer.vocabulary.pieces), list(tokenizer.vocabulary.kinds)
+    if tokenizer.largest_id() >= size:
+        raise UserError(
+            f"the tokenizer has {len(pieces)} pieces, the embedding {size}: they do not belong "
+            "together; copy the model's own tokenizer into its folder"
+        )
+    padding = range(len(pieces), size)
+    pieces = [*pieces, *(unused(i) for i in padding)][:size]
+    kinds = [*kinds, *(UNUSED for _ in padding)][:size]
+    if MODEL in tokenizer.files:
+        write_sentencepieces(writer, tokenizer, size)
+    else:
+        write_byte_level(writer, tokenizer)
+    writer.add_token_list(pieces)
+    writer.add_token_types(kinds)
+    writer.add_add_bos_token(bool(tokenizer.bos))
+    writer.add_add_eos_token(False)
+    writer.add_eos_token_id(tokenizer.eos)
+    if tokenizer.bos:
+        writer.add_bos_token_id(*tokenizer.bos)
+    if UNKNOWN in kinds:
+        writer.add_unk_token_id(kinds.index(UNKNOWN))
+    config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
+    if isinstance(config.get("chat_template"), str):
+        writer.add_chat_template(config["chat_template"])
+
+
+def write_sentencepieces(writer: Any, tokenizer: Tokenizer, size: int) -> None:
+    """Adds what only sentencepiece's kind has."""
+    fields = list(sentencepieces.fields(tokenizer.files[MODEL]))
+    check_like_llama(fields)
+    scores = []
+    for number, piece in fields:
+        if number == 1:
+            scores.append(dict(sentencepieces.fields(piece)).get(2, bytes(4)))
+    scores = [struct.unpack("<f", score)[0] for score in scores]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores((scores + [-10000.0] * (size - len(scores)))[:size])
+    writer.add_add_space_prefix(tokenizer.vocabulary.adds_space)
+
+
+def check_like_llama(fields: list[tuple[int, bytes]]) -> None:
+    """Raises UserError where llama.cpp would tokenize otherwise than a sentencepiece model.
+
+    It merges pieces by score (sentencepiece's BPE) and normalizes nothing but spaces. `fields` are
+    those of sentencepiece_model.proto's ModelProto.
+    """
+    trainer = dict(sentencepieces.fields(dict(fields).get(2, b"")))
+    normalizer = dict(sentencepieces.fields(dict(fields).get(3, b"")))
+    differs = {
+        "it is not a BPE model": trainer.get(3, 1) != 2,
+        "it puts spaces after words": trainer.get(24, 0),
+        "it changes characters": normalizer.get(2),
+        "it removes spaces": normalizer.get(4, 1),
+        "it does not escape spaces": not normalizer.get(5, 1),
+    }
+    for what, does in differs.items():
+        if does:
+            raise UserError(
+                f"llama.cpp would tokenize otherwise than this sentencepiece model: {what}; "
+                "only tokenizers like LLaMA's can be exported"
+            )
+
+
+def write_byte_level(writer: Any, tokenizer: Tokenizer) -> None:
+    """Adds what only byte-level BPE has; UserError where llama.cpp would tokenize otherwise."""
+    words = byte_level.words_of(tokenizer.files[JSON])
+    if words is None:
+        raise UserError(
+            "this tokenizer.json cuts texts into words in a way that GGUF has no name for here; "
+            f"only {', '.join(byte_level.WORDS)} can be exported"
+        )
+    merges = json.loads(tokenizer.files[JSON])["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(words)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])

@@ -1,0 +1,155 @@
+"""sentencepiece's vocabularies, LLaMA's kind: a file tokenizer.model, a protocol buffer.
+
+The file is sentencepiece_model.proto's ModelProto: field 1 a piece (1 its text, 2 its score, 3 its
+kind), field 2 how it was trained, field 3 how it normalizes a text. Fields may stand in any order
+and repeated ones add up, so a piece is added by appending its bytes.
+"""
+
+import io
+import pathlib
+import struct
+from collections.abc import Iterable, Iterator
+
+import sentencepiece
+
+from cli.errors import UserError
+from text.vocabulary import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, unused
+
+
+def open_model(
+    content: bytes, added: dict[int, tuple[str, bool]], where: str | pathlib.Path
+) -> Vocabulary:
+    """The vocabulary in the bytes of a sentencepiece model, and `added` tokens after its pieces.
+
+    added: {id: (text, whether it is a control token)}, as Hugging Face keeps them beside the model.
+    `where` is for errors. Raises UserError for what is no sentencepiece model.
+    """
+    processor = open_processor(content, where)
+    known = {processor.id_to_piece(i) for i in range(processor.vocab_size())}
+    for i in range(processor.vocab_size(), max(added, default=0) + 1):
+        text, is_control = added.get(i, ("", True))
+        if not text or text in known:
+            text, kind = unused(i), UNUSED
+        else:
+            kind = CONTROL if is_control else USER_DEFINED
+        known.add(text)
+        content += piece_field(text, 0.0, kind)
+    if added:
+        processor = open_processor(content, where)
+    bos, eos = processor.bos_id(), processor.eos_id()
+    pieces = [dict(fields(value)) for number, value in fields(content) if number == 1]
+    return Vocabulary(
+        pieces=[piece[1].decode() for piece in pieces],
+        kinds=[piece.get(3, 1) for piece in pieces],
+        bos=None if bos < 0 else bos,
+        eos=None if eos < 0 else eos,
+        adds_space=processor.encode("a", out_type=str)[0].startswith("▁"),
+        encode_all=processor.encode,
+        decode=processor.decode,
+    )
+
+
+def open_processor(
+    content: bytes, where: str | pathlib.Path
+) -> sentencepiece.SentencePieceProcessor:
+    """sentencepiece's own object; UserError where it refuses the file."""
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError:
+        raise UserError(
+            f"{where} is not a sentencepiece model or is damaged; "
+            "copy the model's tokenizer.model again"
+        ) from None
+
+
+def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A BPE model trained on texts: the content of a tokenizer.model.
+
+    Numbered like LLaMA's: unk 0, BOS 1, EOS 2, then the 256 bytes. The bytes make encode and decode
+    exact for every text, except for U+2581, which is how sentencepiece writes a space. Line breaks
+    are always bytes: no piece contains one. The same texts give the same bytes.
+
+    Raises UserError if `vocab_size` is more than the texts can fill, or too small for their
+    characters.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=2**30,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        reason = str(e).split("] ")[-1] or "it is empty"
+        raise UserError(
+            f"no tokenizer of {vocab_size} pieces can be trained on this text: {reason}"
+        ) from None
+    return model.getvalue()
+
+
+def _lines(texts):
+    for text in texts:
+        yield from text.split("\n")
+
+
+# ---- the file
+
+
+def make_model(pieces: list[str], scores: list[float], kinds: list[int], adds_space: bool) -> bytes:
+    """The content of a tokenizer.model like LLaMA's: BPE, bytes for what no piece has, no changes.
+
+    Raises UserError unless just one piece is of the kind UNKNOWN, as sentencepiece demands.
+    """
+    if kinds.count(UNKNOWN) != 1:
+        raise UserError(f"{kinds.count(UNKNOWN)} pieces are of the kind unknown; one must be")
+    model = b""
+    for piece in zip(pieces, scores, kinds, strict=True):
+        model += piece_field(*piece)
+    trainer = _field(3, 2) + _field(35, 1)  # BPE, byte_fallback
+    # the name of the rule, add_dummy_prefix, remove_extra_whitespaces
+    normalizer = _field(1, b"identity") + _field(3, int(adds_space)) + _field(4, 0)
+    return model + _field(2, trainer) + _field(3, normalizer)
+
+
+def piece_field(text: str, score: float, kind: int) -> bytes:
+    """A piece as a part of a model's bytes."""
+    return _field(1, _field(1, text.encode()) + _field(2, score) + _field(3, kind))
+
+
+def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yields (number, value) of each field of a protocol buffer: an int for a varint, or bytes."""
+    stream = io.BytesIO(message)
+
+    def varint():
+        value = shift = 0
+        while True:
+            byte = stream.read(1)[0]
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    fixed = {1: 8, 5: 4}  # bytes of a double and a float; others come with their length
+    while stream.tell() < len(message):
+        key = varint()
+        number, kind = key >> 3, key & 7
+        yield number, varint() if kind == 0 else stream.read(fixed.get(kind) or varint())
+
+
+def _field(number, value):
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    return _varint(number << 3) + _varint(value)
+
+
+def _varint(n):
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + _varint(n >> 7)
