@@ -91,9 +91,9 @@ def compare(folder, file, prompts, texts, greedy="equal"):
             report("  from the numbers in the file", f"{largest:.1e} at most", largest < 1e-5)
         if greedy:
             may_part = rounds and greedy == "undecided"
-            compare_greedy(client, ours, prompts, tokenizer.eos_id(), may_part)
+            compare_greedy(client, ours, prompts, tokenizer.eos, may_part)
     if greedy:
-        print(f"  such as: {tokenizer.decode(ours.greedy(prompts[0], tokenizer.eos_id()))!r}")
+        print(f"  such as: {tokenizer.decode(ours.greedy(prompts[0], tokenizer.eos))!r}")
 
 
 def compare_rounding(client, in_file, prompts, error):

@@ -229,7 +229,7 @@ def peaked_llama(config, seed=0):
 
 def save_tokenizer(tokenizer, folder):
     """Writes tokenizer.model into a model folder."""
-    (folder / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
+    (folder / "tokenizer.model").write_bytes(tokenizer.files["tokenizer.model"])
 
 
 def run_in_process(monkeypatch, capsys, main, *arguments):

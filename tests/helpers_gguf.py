@@ -147,6 +147,12 @@ def sentencepiece_file(path, **options):
         )
 
 
+def kind_of(processor, i):
+    """GGUF's number for what kind of piece i is."""
+    kinds = {"is_unknown": 2, "is_control": 3, "is_unused": 5, "is_byte": 6}
+    return next((kind for name, kind in kinds.items() if getattr(processor, name)(i)), 1)
+
+
 def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
     """A Q4_1 file as others make them, by the gguf package: its own quantizer, alignment, and
     metadata of its own.
@@ -155,10 +161,13 @@ def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
     type)}.
     """
     V, U, F = gguf.GGUFValueType, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32
-    size = tokenizer.vocab_size()
-    pieces = [tokenizer.id_to_piece(i) for i in range(size)] + ["<more>"] * (
-        config.vocab_size - size
-    )
+    own = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.files["tokenizer.model"])
+    size = own.vocab_size()
+    pieces, scores, kinds = [], [], []
+    for i in range(config.vocab_size):
+        pieces.append(own.id_to_piece(i) if i < size else f"<more{i}>")
+        scores.append(own.get_score(i) if i < size else -1000.0)
+        kinds.append(kind_of(own, i) if i < size else 5)
     metadata = {
         "general.alignment": (64, U),
         "general.name": ("Ours, or theirs", V.STRING),
@@ -173,6 +182,8 @@ def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
         "llama.rope.dimension_count": (config.head_dim, U),
         "tokenizer.ggml.model": ("llama", V.STRING),
         "tokenizer.ggml.tokens": (pieces, V.ARRAY),
+        "tokenizer.ggml.scores": (scores, V.ARRAY),
+        "tokenizer.ggml.token_type": (kinds, V.ARRAY),
         "tokenizer.ggml.bos_token_id": (1, U),
         "tokenizer.ggml.eos_token_id": (2, U),
         "tokenizer.chat_template": ("{{ messages }}", V.STRING),

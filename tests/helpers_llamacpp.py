@@ -131,7 +131,7 @@ class Ours:
         return self.model(torch.tensor([tokens]))[0]
 
     def greedy(self, tokens, eos):
-        said = generate(self.model, torch.tensor([tokens]), NEW_TOKENS, eos_token_id=eos)
+        said = generate(self.model, torch.tensor([tokens]), NEW_TOKENS, eos_token_ids=[eos])
         return said[0, len(tokens) :].tolist()
 
 

@@ -123,6 +123,13 @@ def other_type(name, kind):
     return change
 
 
+def rename(i, piece):
+    def change(metadata, tensors):
+        metadata["tokenizer.ggml.tokens"][0][i] = piece
+
+    return change
+
+
 def not_a_number(metadata, tensors):
     tensors["blk.1.ffn_up.weight"][0][5, :2] = np.array([np.nan], np.float16).view(np.uint8)
 
@@ -152,13 +159,13 @@ STRING = gguf.GGUFValueType.STRING
             put("llama.feed_forward_length", 172),
             "widths of 64 and 172 are not both multiples of 32",
         ),
-        (put("tokenizer.ggml.model", "gpt2", STRING), "its tokenizer is of kind gpt2"),
+        (put("tokenizer.ggml.model", "bert", STRING), "its tokenizer is of the kind bert"),
         (put("tokenizer.ggml.tokens", ["a", "b"], gguf.GGUFValueType.ARRAY), "has the shape"),
-        (
-            put("tokenizer.ggml.tokens", ["x"] * 300, gguf.GGUFValueType.ARRAY),
-            "piece 0 of its vocabulary is 'x'",
-        ),
-        (put("tokenizer.ggml.eos_token_id", 7), "BOS and EOS are 1 and 7"),
+        (rename(270, "x"), "piece 270 of its vocabulary is 'x'"),
+        (rename(270, "<unk>"), "has no sentencepiece model, or a damaged one"),  # which is there already
+        (drop("tokenizer.ggml.scores"), "scores does not have a number for each of its 300"),
+        (put("tokenizer.ggml.bos_token_id", 300), "bos_token_id = 300 is none of its 300 pieces"),
+        (put("tokenizer.ggml.eos_token_id", 7), r"BOS and EOS are \(1,\) and 7"),
         (drop("llama.embedding_length"), "hidden_size is missing"),
         (drop("llama.attention.layer_norm_rms_epsilon"), "rms_norm_eps is missing"),
         (drop("blk.0.ffn_up.weight"), "blk.0.ffn_up.weight is missing"),

@@ -195,7 +195,7 @@ def test_greedy_generation_is_the_argmax_of_full_passes_and_stops_at_eos(
     assert torch.equal(generate(model, tokens, count), free)
     eos = free[0, min(length + end, free.shape[1] - 1)].item()  # does come, sooner or later
     columns = []
-    stopped = generate(model, tokens, count, eos_token_id=eos, on_token=columns.append)
+    stopped = generate(model, tokens, count, eos_token_ids=[eos], on_token=columns.append)
     assert torch.equal(stopped, greedy_without_cache(model, tokens, count, eos))
     assert [c.tolist() for c in columns] == stopped[:, length:].T.tolist()
 

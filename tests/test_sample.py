@@ -25,7 +25,7 @@ from merge import merge
 from qalora import adapter_parameters, add_adapters
 from quant import quantize_model, save_quantized
 from text.instructions import alpaca_prompt
-from text.tokenizer import load_tokenizer, train_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 TAUGHT = "Once upon a time there was a little girl named Lily. She loved to play in the park. " * 3
 CONFIG = LlamaConfig(
@@ -82,7 +82,7 @@ def test_no_write_holds_half_a_character(tokenizer, text):
 
 
 def test_a_token_is_written_as_soon_as_it_comes_with_the_space_before_it(tokenizer):
-    pieces = tokenizer.encode("Once upon a park.", out_type=str)
+    pieces = [tokenizer.vocabulary.pieces[i] for i in tokenizer.encode("Once upon a park.")]
     assert len(pieces) > 3
     parts = streamed(tokenizer, tokenizer.encode("Once upon a park."))
     first, *others = pieces
@@ -148,7 +148,7 @@ def test_text_ends_where_the_context_is_full_and_a_prompt_that_fills_it_is_refus
 
 @pytest.mark.parametrize("length", [160, 161])
 def test_a_prompt_that_just_fills_the_context_is_refused(tokenizer, monkeypatch, length):
-    monkeypatch.setattr(sample, "encode_prompt", lambda tokenizer, prompt: [1] * length)
+    monkeypatch.setattr(Tokenizer, "encode_prompt", lambda tokenizer, prompt: [1] * length)
     with pytest.raises(UserError, match=f"{length} tokens and fills the model's context of 160"):
         sampled(peaked_llama(CONFIG), tokenizer, "")
 
@@ -270,13 +270,13 @@ def test_the_commands_options_reach_what_samples(tokenizer, tmp_path, monkeypatc
         (["--prompt", "a", "--temperature", "nan"], "--temperature at least 0"),
         (["--prompt", "a", "--temperature", "inf"], "--temperature"),
         (["--prompt", "a", "--seed", str(2**63)], "--seed"),
-        (["--instruction", ""], "is no folder"),
+        (["--instruction", ""], "there is no nowhere"),
         (["--prompt", "a\udcff"], "not UTF-8"),
         (["--prompt", "a", "--top-p", "0"], "--top-p above 0"),
         (["--prompt", "a", "--top-p", "1.1"], "at most 1"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--prompt", "a", "--seed", "-1"], "--seed -1"),
-        (["--prompt", "a"], "is no folder"),
+        (["--prompt", "a"], "there is no nowhere"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_2(monkeypatch, capsys, arguments, complaint):

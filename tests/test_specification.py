@@ -247,8 +247,8 @@ def test_only_response_tokens_are_learned(world, texts, max_length, size):
     network.parameters.return_value = iter([logits_BTV])
     loss = train.accumulate_gradients(network, examples, micro_batch_size=size)
     for (prompt, response), logits, grad in zip(texts, logits_BTV, logits_BTV.grad, strict=True):
-        prompt = [encoder.bos_id(), *encoder.encode(prompt)]
-        tokens = torch.tensor([*prompt, *encoder.encode(response), encoder.eos_id()][:max_length])
+        prompt = [1, *encoder.encode(prompt)]
+        tokens = torch.tensor([*prompt, *encoder.encode(response), 2][:max_length])
         places = torch.arange(len(prompt) - 1, len(tokens) - 1)  # each predicts the token after it
         assert torch.equal(grad.any(1).nonzero()[:, 0], places)
         losses += [nn.functional.cross_entropy(logits[t], tokens[t + 1]).item() for t in places]

@@ -24,7 +24,7 @@ def test_any_text_survives_encode_and_decode(toy_tokenizer, text):
 
 @given(TEXTS)
 def test_tokens_that_only_the_embedding_has_decode_to_nothing(toy_tokenizer, text):
-    above = [toy_tokenizer.vocab_size(), 2**31 - 1]
+    above = [len(toy_tokenizer.vocabulary.pieces), 2**31 - 1]
     tokens = []
     for pair in itertools.zip_longest(toy_tokenizer.encode(text), above):
         tokens += [token for token in pair if token is not None]
@@ -32,7 +32,7 @@ def test_tokens_that_only_the_embedding_has_decode_to_nothing(toy_tokenizer, tex
 
 
 def test_a_prompt_begins_with_bos(toy_tokenizer):
-    assert encode_prompt(toy_tokenizer, "Oslo.") == [1, *toy_tokenizer.encode("Oslo.")]
+    assert toy_tokenizer.encode_prompt("Oslo.") == [1, *toy_tokenizer.encode("Oslo.")]
 
 
 def test_all_self_instruct_records_survive_a_round_trip(any_tokenizer, material):
@@ -56,15 +56,15 @@ def test_a_tokenizer_trained_on_any_text_keeps_every_other_text(tmp_path_factory
 
 
 def test_a_tokenizer_numbers_its_special_pieces_like_llama(any_tokenizer):
-    special = any_tokenizer.unk_id(), any_tokenizer.bos_id(), any_tokenizer.eos_id()
+    special = any_tokenizer.unk_id(), any_tokenizer.bos[0], any_tokenizer.eos
     assert special == (0, 1, 2)
-    pieces = [any_tokenizer.id_to_piece(3 + byte) for byte in (0, 10, 255)]
+    pieces = [any_tokenizer.vocabulary.pieces[3 + byte] for byte in (0, 10, 255)]
     assert pieces == ["<0x00>", "<0x0A>", "<0xFF>"]
 
 
 def test_no_piece_of_a_trained_tokenizer_crosses_a_line_break(tmp_path):
     tokenizer = train_tokenizer(["one\ntwo\n\nthree " * 50], tmp_path / "t.model", 275)
-    assert not any("\n" in tokenizer.id_to_piece(i) for i in range(275))
+    assert not any("\n" in tokenizer.vocabulary.pieces[i] for i in range(275))
     assert tokenizer.encode("\n\n")[-2:] == [13, 13]
 
 
@@ -81,7 +81,7 @@ def test_a_tokenizer_is_found_in_a_model_folder_and_in_a_run_folder(toy_tokenize
     for folder in (model, run / "base"):
         folder.mkdir(parents=True)
         save_tokenizer(toy_tokenizer, folder)
-    proto = toy_tokenizer.serialized_model_proto()
+    proto = toy_tokenizer.files["tokenizer.model"]
     for path in (model, run, run / "base" / "tokenizer.model"):
         assert load_tokenizer(path).serialized_model_proto() == proto
 
@@ -89,7 +89,7 @@ def test_a_tokenizer_is_found_in_a_model_folder_and_in_a_run_folder(toy_tokenize
 @pytest.mark.parametrize("content", [None, b"", b"no model", "cut"])
 def test_a_missing_or_damaged_tokenizer_is_refused_by_name(toy_tokenizer, tmp_path, content):
     if content == "cut":
-        content = toy_tokenizer.serialized_model_proto()[:3000]
+        content = toy_tokenizer.files["tokenizer.model"][:3000]
     if content is not None:
         (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(UserError, match="tokenizer.model"):
@@ -97,7 +97,7 @@ def test_a_missing_or_damaged_tokenizer_is_refused_by_name(toy_tokenizer, tmp_pa
 
 
 def test_a_tokenizer_without_bos_is_refused(toy_tokenizer, tmp_path):
-    proto = toy_tokenizer.serialized_model_proto()
+    proto = toy_tokenizer.files["tokenizer.model"]
     assert proto.count(b"\x0a\x03<s>") == 1  # the piece <s>, which a text begins with
     renamed = proto.replace(b"\x0a\x03<s>", b"\x0a\x03<b>")
     (tmp_path / "tokenizer.model").write_bytes(renamed)

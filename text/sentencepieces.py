@@ -53,12 +53,13 @@ def open_processor(
     content: bytes, where: str | pathlib.Path
 ) -> sentencepiece.SentencePieceProcessor:
     """sentencepiece's own object; UserError where it refuses the file."""
+    processor = sentencepiece.SentencePieceProcessor()
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=content)
+        processor.load_from_serialized_proto(content)
+        return processor
     except RuntimeError:
         raise UserError(
-            f"{where} is not a sentencepiece model or is damaged; "
-            "copy the model's tokenizer.model again"
+            f"{where} has no sentencepiece model, or a damaged one; fetch the model's again"
         ) from None
 
 

@@ -107,6 +107,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
 def find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
     """The file of the tokenizer of a model folder or a run; UserError where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"no tokenizer: {folder} does not exist; name the model's tokenizer.model")
     for place in (folder, folder / "base"):
         model, json_file = place / MODEL, place / JSON
         if model.is_file() and not (json_file.is_file() and is_tiktoken_file(model)):
