@@ -151,7 +151,9 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     pieces = [*pieces, *(unused(i) for i in padding)][:size]
     kinds = [*kinds, *(UNUSED for _ in padding)][:size]
     if MODEL in tokenizer.files:
-        write_sentencepieces(writer, tokenizer, size)
+        write_pieces(writer, tokenizer, scores_in_model(tokenizer.files[MODEL]), size)
+    elif byte_level.falls_back_to_bytes(tokenizer.files[JSON]):
+        write_pieces(writer, tokenizer, scores_of_merges(tokenizer), size)
     else:
         write_byte_level(writer, tokenizer)
     writer.add_token_list(pieces)
@@ -168,19 +170,41 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
         writer.add_chat_template(config["chat_template"])
 
 
-def write_sentencepieces(writer: Any, tokenizer: Tokenizer, size: int) -> None:
-    """Adds what only sentencepiece's kind has."""
-    fields = list(sentencepieces.fields(tokenizer.files[MODEL]))
-    check_like_llama(fields)
-    scores = []
-    for number, piece in fields:
-        if number == 1:
-            scores.append(dict(sentencepieces.fields(piece)).get(2, bytes(4)))
-    scores = [struct.unpack("<f", score)[0] for score in scores]
+def write_pieces(writer: Any, tokenizer: Tokenizer, scores: list[float], size: int) -> None:
+    """Adds what only sentencepiece's kind has; a piece without a score is never merged."""
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_scores((scores + [-10000.0] * (size - len(scores)))[:size])
     writer.add_add_space_prefix(tokenizer.vocabulary.adds_space)
+
+
+def scores_in_model(content: bytes) -> list[float]:
+    """The score of every piece of a tokenizer.model; UserError as `check_like_llama` does."""
+    fields = list(sentencepieces.fields(content))
+    check_like_llama(fields)
+    scores = []
+    for number, piece in fields:
+        if number == 1:
+            score = dict(sentencepieces.fields(piece)).get(2, bytes(4))
+            scores.append(struct.unpack("<f", score)[0])
+    return scores
+
+
+def scores_of_merges(tokenizer: Tokenizer) -> list[float]:
+    """Scores for a tokenizer.json made of a sentencepiece model: the earlier a merge, the higher.
+
+    llama.cpp then merges in the same order. Raises UserError for one that changes characters.
+    """
+    content = tokenizer.files[JSON]
+    if byte_level.changes_characters(content):
+        raise UserError(
+            "llama.cpp would tokenize otherwise than this tokenizer.json: it changes characters; "
+            "only tokenizers like LLaMA's can be exported"
+        )
+    merges, first = byte_level.merges_in(content), {}
+    for rank, (left, right) in enumerate(merges):
+        first.setdefault(left + right, rank)
+    return [-float(first.get(piece, len(merges))) for piece in tokenizer.vocabulary.pieces]
 
 
 def check_like_llama(fields: list[tuple[int, bytes]]) -> None:
@@ -208,13 +232,13 @@ def check_like_llama(fields: list[tuple[int, bytes]]) -> None:
 
 def write_byte_level(writer: Any, tokenizer: Tokenizer) -> None:
     """Adds what only byte-level BPE has; UserError where llama.cpp would tokenize otherwise."""
-    words = byte_level.words_of(tokenizer.files[JSON])
+    content = tokenizer.files[JSON]
+    words = byte_level.words_of(content)
     if words is None:
         raise UserError(
             "this tokenizer.json cuts texts into words in a way that GGUF has no name for here; "
             f"only {', '.join(byte_level.WORDS)} can be exported"
         )
-    merges = json.loads(tokenizer.files[JSON])["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(words)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_token_merges([" ".join(merge) for merge in byte_level.merges_in(content)])

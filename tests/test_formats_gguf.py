@@ -162,7 +162,10 @@ STRING = gguf.GGUFValueType.STRING
         (put("tokenizer.ggml.model", "bert", STRING), "its tokenizer is of the kind bert"),
         (put("tokenizer.ggml.tokens", ["a", "b"], gguf.GGUFValueType.ARRAY), "has the shape"),
         (rename(270, "x"), "piece 270 of its vocabulary is 'x'"),
-        (rename(270, "<unk>"), "has no sentencepiece model, or a damaged one"),  # which is there already
+        (
+            rename(270, "<unk>"),
+            "has no sentencepiece model, or a damaged one",
+        ),  # which is there already
         (drop("tokenizer.ggml.scores"), "scores does not have a number for each of its 300"),
         (put("tokenizer.ggml.bos_token_id", 300), "bos_token_id = 300 is none of its 300 pieces"),
         (put("tokenizer.ggml.eos_token_id", 7), r"BOS and EOS are \(1,\) and 7"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cli.errors import UserError
 from text.instructions import read_records
-from text.tokenizer import decode, encode_prompt, load_tokenizer, train_tokenizer
+from text.tokenizer import decode, load_tokenizer, train_tokenizer
 
 
 @given(TEXTS)

@@ -173,6 +173,30 @@ def words_of(content: bytes) -> str | None:
     return None
 
 
+def merges_in(content: bytes) -> list[list[str]]:
+    """The merges of a tokenizer.json, pairs of pieces; older files have "left right"."""
+    merges = json.loads(content)["model"]["merges"]
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+
+
+def falls_back_to_bytes(content: bytes) -> bool:
+    """Whether a tokenizer.json was made of a sentencepiece model: bytes are pieces such as <0x0A>,
+    and merges are not confined to words."""
+    return bool(json.loads(content)["model"].get("byte_fallback"))
+
+
+def changes_characters(content: bytes) -> bool:
+    """Whether such a tokenizer.json does more to a text than writing spaces as U+2581."""
+    fields = json.loads(content)
+    normalizer, cutter = fields.get("normalizer") or {}, fields.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    plain = ({"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "content": "▁"})
+    for step in steps:
+        if not any(known.items() <= step.items() for known in plain):
+            return True
+    return cutter.get("type") not in (None, "Metaspace")
+
+
 # ---- Meta's file of LLaMA-3
 
 
