@@ -318,7 +318,7 @@ def answers(
         tokens_BT = torch.tensor([encoded[i] for i in batch], device=device)
         rows = generate(model, tokens_BT, max_new_tokens, eos_token_ids=tokenizer.stops).tolist()
         for i, row in zip(batch, rows, strict=True):
-            texts[i] = tokenizer.decode(row[len(encoded[i]) :])  # EOS has no text
+            texts[i] = tokenizer.decode_after_space(row[len(encoded[i]) :])  # EOS has no text
     return texts
 
 

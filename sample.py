@@ -27,7 +27,7 @@ from text.instructions import alpaca_prompt
 from text.tokenizer import Tokenizer
 
 
-def text_stream(tokenizer: Tokenizer, write: Callable[[str], None]) -> Callable:
+def text_stream(decode: Callable[[list[int]], str], write: Callable[[str], None]) -> Callable:
     """A function that takes new tokens and gives `write` the text they add, once it is certain.
 
     A token has no text of its own: the space before a text's first word is dropped, and a character
@@ -39,7 +39,7 @@ def text_stream(tokenizer: Tokenizer, write: Callable[[str], None]) -> Callable:
     def add(new: Iterable[int], last: bool = False):
         nonlocal written
         tokens.extend(new)
-        text = tokenizer.decode(tokens)
+        text = decode(tokens)
         if not last:
             text = text.rstrip("\ufffd")
         write(text[len(written) :])
@@ -70,7 +70,7 @@ def sample(
             "shorten it"
         )
     device = model.model.embed_tokens.weight.device
-    add = text_stream(tokenizer, write)
+    add = text_stream(tokenizer.decode if echo else tokenizer.decode_after_space, write)
     add(tokens if echo else [])
     generate(
         model,

@@ -81,7 +81,9 @@ def byte_level_json(
             f"texts are cut into words as {PREFIX}pre = {words} says, and only "
             f"{', '.join(byte_level.WORDS)} are supported"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in found.get("merges", [])]
+    merges = [tuple(merge.split(" ")) for merge in found.get("merges", [])]
+    if not merges or any(len(merge) != 2 for merge in merges):
+        raise UserError(f"{PREFIX}merges is missing or not a list of pairs of pieces")
     return byte_level.make_json(pieces, kinds, merges, words, bos)
 
 

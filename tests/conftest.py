@@ -32,7 +32,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("qalora")
 torch.set_num_threads(1)  # small matrices: a second thread mostly waits
 
-pytest_plugins = ["fixtures_gguf", "fixtures_runs"]
+pytest_plugins = ["fixtures_gguf", "fixtures_runs", "fixtures_text"]
 MAY_SKIP = ("needs a GPU", "needs ../shared/data")
 
 

@@ -1,6 +1,7 @@
 """text/tokenizer.py: every text survives, and a file that is no tokenizer is refused by name."""
 
 import itertools
+import json
 
 import pytest
 import sentencepiece
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from cli.errors import UserError
 from text.instructions import read_records
-from text.tokenizer import decode, load_tokenizer, train_tokenizer
+from text.tokenizer import load_tokenizer, make_tokenizer, train_tokenizer
+from text.vocabulary import CONTROL, UNKNOWN, UNUSED
 
 
 @given(TEXTS)
@@ -28,7 +30,7 @@ def test_tokens_that_only_the_embedding_has_decode_to_nothing(toy_tokenizer, tex
     tokens = []
     for pair in itertools.zip_longest(toy_tokenizer.encode(text), above):
         tokens += [token for token in pair if token is not None]
-    assert decode(toy_tokenizer, tokens) == text
+    assert toy_tokenizer.decode(tokens) == text
 
 
 def test_a_prompt_begins_with_bos(toy_tokenizer):
@@ -38,7 +40,7 @@ def test_a_prompt_begins_with_bos(toy_tokenizer):
 def test_all_self_instruct_records_survive_a_round_trip(any_tokenizer, material):
     records, _ = read_records(material("self-instruct-seeds.json"))
     for record in records:
-        assert tuple(any_tokenizer.decode(any_tokenizer.encode(list(record)))) == record
+        assert [any_tokenizer.decode(any_tokenizer.encode(text)) for text in record] == [*record]
 
 
 @settings(max_examples=20)
@@ -56,8 +58,8 @@ def test_a_tokenizer_trained_on_any_text_keeps_every_other_text(tmp_path_factory
 
 
 def test_a_tokenizer_numbers_its_special_pieces_like_llama(any_tokenizer):
-    special = any_tokenizer.unk_id(), any_tokenizer.bos[0], any_tokenizer.eos
-    assert special == (0, 1, 2)
+    assert (any_tokenizer.bos, any_tokenizer.eos, any_tokenizer.stops) == ((1,), 2, (2,))
+    assert any_tokenizer.vocabulary.kinds[:3] == [UNKNOWN, CONTROL, CONTROL]
     pieces = [any_tokenizer.vocabulary.pieces[3 + byte] for byte in (0, 10, 255)]
     assert pieces == ["<0x00>", "<0x0A>", "<0xFF>"]
 
@@ -83,7 +85,7 @@ def test_a_tokenizer_is_found_in_a_model_folder_and_in_a_run_folder(toy_tokenize
         save_tokenizer(toy_tokenizer, folder)
     proto = toy_tokenizer.files["tokenizer.model"]
     for path in (model, run, run / "base" / "tokenizer.model"):
-        assert load_tokenizer(path).serialized_model_proto() == proto
+        assert load_tokenizer(path).files == {"tokenizer.model": proto}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no model", "cut"])
@@ -96,11 +98,24 @@ def test_a_missing_or_damaged_tokenizer_is_refused_by_name(toy_tokenizer, tmp_pa
         load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_without_bos_is_refused(toy_tokenizer, tmp_path):
-    proto = toy_tokenizer.files["tokenizer.model"]
-    assert proto.count(b"\x0a\x03<s>") == 1  # the piece <s>, which a text begins with
-    renamed = proto.replace(b"\x0a\x03<s>", b"\x0a\x03<b>")
-    (tmp_path / "tokenizer.model").write_bytes(renamed)
+def renamed(tokenizer, old, new):
+    """The content of a tokenizer.model with one piece under another name of equal length."""
+    content, field = tokenizer.files["tokenizer.model"], b"\x0a%c" % len(old)
+    assert content.count(field + old) == 1
+    return content.replace(field + old, field + new)
+
+
+def test_a_tokenizer_without_eos_is_refused(toy_tokenizer, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(renamed(toy_tokenizer, b"</s>", b"</b>"))
+    with pytest.raises(UserError, match="no EOS"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_bos_puts_none_before_a_text(toy_tokenizer, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(renamed(toy_tokenizer, b"<s>", b"<b>"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos == () and tokenizer.encode_prompt("Oslo.") == tokenizer.encode("Oslo.")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     with pytest.raises(UserError, match="no BOS"):
         load_tokenizer(tmp_path)
 
@@ -117,7 +132,7 @@ def test_bos_may_be_the_first_piece_of_a_tokenizer(tmp_path):
             hard_vocab_limit=False,
             minloglevel=2,
         )
-    assert load_tokenizer(tmp_path).bos_id() == 0
+    assert load_tokenizer(tmp_path).bos == (0,)
 
 
 @pytest.mark.parametrize(
@@ -135,3 +150,74 @@ def test_text_that_cannot_give_so_many_pieces_is_refused_and_nothing_is_written(
     with pytest.raises(UserError, match=f"no tokenizer of {vocab_size} pieces.*{why}"):
         train_tokenizer(taught, tmp_path / "tokenizer.model", vocab_size)
     assert not list(tmp_path.iterdir())
+
+
+# ---- added tokens
+
+
+def with_added(tokenizer, **beside):
+    """A tokenizer with other files beside its model: names without .json, and what they hold."""
+    files = {"tokenizer.model": tokenizer.files["tokenizer.model"]}
+    for name, content in beside.items():
+        files[f"{name}.json"] = json.dumps(content).encode()
+    return make_tokenizer(files, "tokenizer.model")
+
+
+@given(TEXTS, TEXTS)
+def test_an_added_control_token_is_never_made_of_a_text_and_a_users_always_is(
+    toy_tokenizer, before, after
+):
+    size = len(toy_tokenizer.vocabulary.pieces)
+    decoder = {
+        f"{size}": {"content": "<|im_end|>", "special": True},
+        f"{size + 1}": {"content": "<tool>", "special": False},
+    }
+    tokenizer = with_added(
+        toy_tokenizer,
+        tokenizer_config={"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"},
+    )
+    assert (tokenizer.eos, tokenizer.bos) == (size, (1,))
+    text = f"{before}<|im_end|>{after}"
+    assert tokenizer.encode(text) == toy_tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assume("<tool>" not in before + after)
+    text = f"{before}<tool>{after}"
+    assert tokenizer.encode(text).count(size + 1) == 1
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_added_tokens_keep_their_numbers_where_some_are_missing(toy_tokenizer):
+    size = len(toy_tokenizer.vocabulary.pieces)
+    added = {"[PAD]": size + 2, "<s>": 1}
+    tokenizer = with_added(toy_tokenizer, added_tokens=added)
+    assert tokenizer.vocabulary.pieces[size:] == [f"[PAD{size}]", f"[PAD{size + 1}]", "[PAD]"]
+    assert tokenizer.vocabulary.kinds[size:] == [UNUSED, UNUSED, CONTROL]
+    assert tokenizer.largest_id() == size - 1  # an embedding need not have what no text becomes
+    with_eos = with_added(
+        toy_tokenizer, added_tokens=added, special_tokens_map={"eos_token": "[PAD]"}
+    )
+    assert with_eos.largest_id() == size + 2
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        dict(added_tokens={"x": "one"}),
+        dict(tokenizer_config={"added_tokens_decoder": {"400": "x"}}),
+        dict(tokenizer_config={"added_tokens_decoder": ["x"]}),
+    ],
+)
+def test_damaged_added_tokens_are_refused_in_one_line(toy_tokenizer, beside):
+    with pytest.raises(UserError, match="added tokens beside it are damaged"):
+        with_added(toy_tokenizer, **beside)
+
+
+def test_what_stands_beside_a_tokenizer_is_kept_with_it(toy_tokenizer, tmp_path):
+    save_tokenizer(toy_tokenizer, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    tokenizer = load_tokenizer(tmp_path)
+    (tmp_path / "copy").mkdir()
+    tokenizer.save(tmp_path / "copy")
+    again = load_tokenizer(tmp_path / "copy")
+    assert again.stops == tokenizer.stops == (2, 5)
+    assert again.digest() == tokenizer.digest() != toy_tokenizer.digest()

@@ -68,6 +68,11 @@ class Tokenizer:
         size = len(self.vocabulary.pieces)
         return self.vocabulary.decode([token for token in tokens if token < size])
 
+    def decode_after_space(self, tokens: Sequence[int]) -> str:
+        """The text of tokens that follow another text and a space, without that space."""
+        text = self.decode(tokens)
+        return text if self.vocabulary.adds_space else text.removeprefix(" ")
+
     def largest_id(self) -> int:
         """The largest id that a text can become, BOS and EOS included."""
         kinds = self.vocabulary.kinds
