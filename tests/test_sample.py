@@ -57,7 +57,7 @@ def test_text_does_not_wait_in_a_buffer(monkeypatch):
 def streamed(tokenizer, tokens):
     """What a stream writes after each token, and at the end."""
     parts = []
-    add = sample.text_stream(tokenizer, parts.append)
+    add = sample.text_stream(tokenizer.decode, parts.append)
     for token in tokens:
         add([token])
     add([], last=True)

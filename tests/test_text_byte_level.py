@@ -130,6 +130,13 @@ def test_every_text_survives_and_none_becomes_a_control_token(tokenizer, text):
     assert tokenizer.decode([0, *tokens, 1, 10**6]) == text  # control tokens have no text
 
 
+@given(TEXTS)
+def test_the_space_between_two_texts_is_learned_and_not_shown(tokenizer, text):
+    tokens = tokenizer.encode(tokenizer.after_space(text))
+    assert tokenizer.decode(tokens) == (f" {text}" if text else "")
+    assert tokenizer.decode_after_space(tokens) == text
+
+
 @given(st.lists(TEXTS, min_size=1, max_size=4))
 def test_many_texts_have_the_tokens_of_each(tokenizer, texts):
     assert tokenizer.encode_all(texts) == [tokenizer.encode(text) for text in texts]

@@ -33,6 +33,12 @@ def test_tokens_that_only_the_embedding_has_decode_to_nothing(toy_tokenizer, tex
     assert toy_tokenizer.decode(tokens) == text
 
 
+@given(TEXTS)
+def test_sentencepiece_itself_puts_the_space_between_two_texts(toy_tokenizer, text):
+    assert toy_tokenizer.after_space(text) == text
+    assert toy_tokenizer.decode_after_space(toy_tokenizer.encode(f" {text}")) == f" {text}"
+
+
 def test_a_prompt_begins_with_bos(toy_tokenizer):
     assert toy_tokenizer.encode_prompt("Oslo.") == [1, *toy_tokenizer.encode("Oslo.")]
 
