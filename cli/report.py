@@ -12,11 +12,11 @@ from torch import nn
 import evals
 import formats
 from cli.files import written_whole
+from cli.measure import bits_per_weight
 from cli.settings import Settings
 from cli.toy import TOY_BASE, score, table
 from formats.run import save_merged
 from merge import merge
-from quant import bits_per_weight
 from text.batches import Example, collate, encode
 from text.toy import World
 
