@@ -44,10 +44,14 @@ class FromFile:
         float64: [T, V]."""
         m = {key.removeprefix("llama."): value for key, value in self.metadata.items()}
         heads, eps = m["attention.head_count"], m["attention.layer_norm_rms_epsilon"]
-        size, T = m["embedding_length"] // heads, len(tokens)
-        assert size == m["rope.dimension_count"]
+        size, T = m.get("attention.key_length", m["embedding_length"] // heads), len(tokens)
+        assert size == m["rope.dimension_count"] == m.get("attention.value_length", size)
         shared = heads // m["attention.head_count_kv"]
-        angles = np.outer(np.arange(T), m["rope.freq_base"] ** (-np.arange(0, size, 2) / size))
+        frequencies = m["rope.freq_base"] ** (-np.arange(0, size, 2) / size)
+        frequencies /= m.get("rope.scaling.factor", m.get("rope.scale_linear", 1))
+        if "rope_freqs.weight" in self.tensors:
+            frequencies /= self.weight("rope_freqs")
+        angles = np.outer(np.arange(T), frequencies)
         turn = np.exp(1j * angles)[:, None]  # [T, 1, K/2]
 
         def norm(x, name):
@@ -177,6 +181,8 @@ def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
         "tokenizer.ggml.eos_token_id": (2, U),
         "tokenizer.chat_template": ("{{ messages }}", V.STRING),
     }
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        metadata |= {f"llama.attention.{k}_length": (config.head_dim, U) for k in ("key", "value")}
     rng, tensors = np.random.default_rng(3), {}
     for name, p in Llama(config).named_parameters():
         name = gguf_name(name)

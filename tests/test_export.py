@@ -1,5 +1,6 @@
 """What export.py promises: a GGUF file says all there is to say."""
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -31,7 +32,7 @@ from formats.files import GGUF_REST
 from formats.huggingface import save_pretrained
 from formats.q4_1 import quantized_layers
 from formats.quantized import save_quantized
-from llama import Llama, LlamaConfig
+from llama import Llama
 from text.tokenizer import load_tokenizer
 
 
@@ -48,6 +49,8 @@ def test_the_file_has_every_hyperparameter(folder_of, tmp_path):
         "llama.feed_forward_length": 96,
         "llama.attention.head_count": 4,
         "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 16,
+        "llama.attention.value_length": 16,
         "llama.attention.layer_norm_rms_epsilon": np.float32(3e-5),
         "llama.rope.freq_base": 5000.0,
         "llama.rope.dimension_count": 16,
@@ -128,8 +131,9 @@ def test_tied_embeddings_are_stored_once(folder_of, tmp_path):
 
 @pytest.mark.parametrize("bits, group_size", [(4, 32), (3, 32), (2, 32), (4, 96), (2, 64)])
 def test_the_logits_follow_from_the_file_alone(folder_of, tmp_path, bits, group_size):
-    config = LlamaConfig(
-        **{**vars(CONFIG), "intermediate_size": 192, "hidden_size": 192 if group_size == 96 else 64}
+    width = 192 if group_size == 96 else 64
+    config = dataclasses.replace(
+        CONFIG, intermediate_size=192, hidden_size=width, head_dim=width // 4
     )
     folder = folder_of(bits, group_size, config)
     model = load_model(folder)

@@ -127,7 +127,7 @@ def not_a_number(metadata, tensors):
     tensors["blk.1.ffn_up.weight"][0][5, :2] = np.array([np.nan], np.float16).view(np.uint8)
 
 
-STRING = gguf.GGUFValueType.STRING
+STRING, FLOAT = gguf.GGUFValueType.STRING, gguf.GGUFValueType.FLOAT32
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,17 @@ STRING = gguf.GGUFValueType.STRING
     [
         (put("general.architecture", "gemma"), "architecture llama are supported, not gemma"),
         (
-            put("llama.rope.scaling.type", "linear", STRING),
-            "llama.rope.scaling.type = linear is not supported",
+            put("llama.rope.scaling.type", "yarn", STRING),
+            "llama.rope.scaling.type = yarn is not supported",
         ),
+        (put("llama.rope.scaling.type", "linear", STRING), "llama.rope.scaling.factor is missing"),
+        (put("llama.rope.scaling.factor", "8", STRING), 'llama.rope.scaling.factor = "8"'),
+        (put("llama.rope.scaling.factor", 0.0, FLOAT), "llama.rope.scaling.factor = 0.0 is not"),
+        (put("llama.rope.scale_linear", float("nan"), FLOAT), "rope.scaling.factor = NaN is not"),
         (put("llama.expert_count", 8), "llama.expert_count = 8 is not supported"),
-        (put("llama.attention.key_length", 32), "llama.attention.key_length = 32 is not supported"),
-        (put("llama.rope.dimension_count", 8), "head_dim = 8 contradicts"),
+        (put("llama.attention.key_length", 32), "llama.rope.dimension_count = 16 is not supported"),
+        (put("llama.attention.value_length", 8), "llama.attention.value_length = 8 is not"),
+        (put("llama.rope.dimension_count", 8), "llama.rope.dimension_count = 8 is not supported"),
         (put("llama.block_count", 2**23), "no tensors for the last of 8388608 layers"),
         (
             put("llama.feed_forward_length", 2**63, gguf.GGUFValueType.UINT64),
@@ -150,7 +155,7 @@ STRING = gguf.GGUFValueType.STRING
         (put("llama.feed_forward_length", 128), "has the shape"),
         (
             put("llama.feed_forward_length", 172),
-            "widths of 64 and 172 are not both multiples of 32",
+            "widths of 64, 172 and 64 are not all multiples of 32",
         ),
         (put("tokenizer.ggml.model", "gpt2", STRING), "its tokenizer is of kind gpt2"),
         (put("tokenizer.ggml.tokens", ["a", "b"], gguf.GGUFValueType.ARRAY), "has the shape"),

@@ -39,7 +39,9 @@ from llama import Llama, LlamaConfig, load_pretrained
 @given(data=st.data(), seed=SEEDS, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
 def test_every_layout_loads_to_the_same_tensors(tmp_path_factory, data, seed, dtype, layout):
     shards = int(layout[4:]) if layout.startswith("meta") else None
-    config = data.draw(configs(kv_heads=shards, tied=st.just(False) if shards else st.booleans()))
+    config = data.draw(
+        configs(kv_heads=shards, tied=st.just(False) if shards else st.booleans(), old=bool(shards))
+    )
     if shards:
         config = dataclasses.replace(
             config, max_position_embeddings=2048
@@ -62,7 +64,7 @@ def test_every_layout_loads_to_the_same_tensors(tmp_path_factory, data, seed, dt
 def test_metas_weights_give_the_logits_of_metas_interleaved_rotary_formula(
     tmp_path_factory, data, seed, shards
 ):
-    config = data.draw(configs(kv_heads=shards, tied=st.just(False)))
+    config = data.draw(configs(kv_heads=shards, tied=st.just(False), old=True))
     folder = tmp_path_factory.mktemp("meta")
     tensors = {name: p.detach() for name, p in random_model(config, seed).named_parameters()}
     write_meta(folder, tensors, config, shards)
