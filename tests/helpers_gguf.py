@@ -4,6 +4,7 @@ The oracles share no code with formats/: the package's reader and `dequantize`, 
 tokenizer that know nothing but the file. llama.cpp itself reads such files in check_llamacpp.py.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import sentencepiece
 import torch
 from fixtures_gguf import TEXTS
+from helpers import reference_frequencies
 
 import formats
 from formats import fingerprint, load_model
@@ -130,6 +132,7 @@ def our_logits(folder, tokens):
 
 
 TOKENS = [1, 290, 5, 77, 123, 280, 4, 260, 261, 12]
+MANY_TOKENS = 30 * TOKENS  # far enough for slow rotary frequencies to matter
 
 
 def sentencepiece_file(path, **options):
@@ -149,6 +152,14 @@ def sentencepiece_file(path, **options):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(TEXTS), model_writer=f, **settings
         )
+
+
+def rope_freqs(config, **changes):
+    """The tensor of that name, float32 [K/2]; `changes` are of the rope scaling."""
+    scaled = dataclasses.replace(config, rope_scaling=config.rope_scaling | changes)
+    unscaled = dataclasses.replace(config, rope_scaling=None)
+    divisors = reference_frequencies(unscaled) / reference_frequencies(scaled)
+    return divisors.astype(np.float32)
 
 
 def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
@@ -184,6 +195,12 @@ def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         metadata |= {f"llama.attention.{k}_length": (config.head_dim, U) for k in ("key", "value")}
     rng, tensors = np.random.default_rng(3), {}
+    scaling = config.rope_scaling or {"rope_type": None}
+    if scaling["rope_type"] == "linear":
+        metadata["llama.rope.scaling.type"] = "linear", V.STRING
+        metadata["llama.rope.scaling.factor"] = scaling["factor"], F
+    elif scaling["rope_type"] == "llama3":
+        tensors["rope_freqs.weight"] = rope_freqs(config), Type.F32
     for name, p in Llama(config).named_parameters():
         name = gguf_name(name)
         w = (rng.normal(0, 0.2, p.shape) + (p.dim() == 1)).astype(np.float32)

@@ -9,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 import sentencepiece
-from fixtures_gguf import CONFIG, TEXTS, TIED
+import torch
+from fixtures_gguf import CONFIG, LINEAR, LLAMA3, TEXTS, TIED, WIDE_HEADS
 from helpers_gguf import (
+    MANY_TOKENS,
     TOKENS,
     FromFile,
     Type,
@@ -19,11 +21,13 @@ from helpers_gguf import (
     our_logits,
     quantize_file,
     relative_error,
+    rope_freqs,
     run_of,
 )
 from safetensors.torch import load_file, save_file
 
 import export
+import formats
 import merge
 import train
 from cli.errors import UserError
@@ -119,6 +123,28 @@ def test_the_file_has_every_tensor_in_its_type_and_shape(folder_of, tmp_path, em
             }.items()
         }
     assert found == {f"{name}.weight": value for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("config", [WIDE_HEADS, LINEAR, LLAMA3])
+def test_a_newer_llama_follows_from_the_file_alone_and_is_read_back(folder_of, tmp_path, config):
+    folder, file = folder_of(config=config), tmp_path / "m.gguf"
+    export.export(folder, file, "f32")
+    logits = our_logits(folder, MANY_TOKENS)
+    assert relative_error(FromFile(file).logits(MANY_TOKENS), logits) < 5e-3
+    kept = float(np.float32(config.rms_norm_eps))
+    assert formats.read_config(file) == dataclasses.replace(config, rms_norm_eps=kept)
+    with torch.no_grad():
+        again = load_model(file, torch.float32)(torch.tensor([MANY_TOKENS]))[0].double().numpy()
+    assert relative_error(again, logits) < 5e-3
+
+
+def test_rope_freqs_are_those_that_llama_cpp_writes(folder_of, tmp_path):
+    export.export(folder_of(config=LLAMA3), tmp_path / "m.gguf")
+    tensors = FromFile(tmp_path / "m.gguf").tensors
+    assert next(iter(tensors)) == "rope_freqs.weight"
+    found, divisors = tensors["rope_freqs.weight"].data, rope_freqs(LLAMA3)
+    assert found.dtype == np.float32 and np.allclose(found, divisors, rtol=1e-6, atol=0)
+    assert len(found) == 12 and {1.0, 32.0} < set(found.tolist())
 
 
 def test_tied_embeddings_are_stored_once(folder_of, tmp_path):
