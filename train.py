@@ -26,7 +26,6 @@ import formats
 from cli import base, machine, report, runs
 from cli.data import digest, make_examples
 from cli.errors import run_command
-from cli.files import write_json
 from cli.measure import bits_per_weight
 from cli.settings import Settings, read_settings, save_settings
 from formats.adapter import save_adapter
@@ -132,13 +131,7 @@ def run(settings: Settings) -> None:
     train_adapters(settings, model, train, held_out, identity)
     if is_first:
         save_adapter(model, out / "adapter", method=settings.method, base=identity["base"])
-        if world:
-            results = report.merge_and_judge_toy(settings, model, tokenizer, world)
-        else:
-            results = report.merge_and_judge(settings, model, train, held_out)
-        write_json(results, out / "results.json")
-        if settings.plot:
-            report.plot(out)
+        report.conclude(settings, model, tokenizer, world, train, held_out)
     runs.leave_processes()
 
 
