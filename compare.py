@@ -40,16 +40,18 @@ from baselines import quantize_model_nf4
 from cli.comparison import differences, plot, table
 from cli.errors import Parser, positive, run_command
 from cli.files import new_file, written_whole
+from cli.measure import bits_per_weight
+from cli.runs import adamw
 from cli.toy import pretrain, toy_documents
 from llama import LINEARS, Llama, LlamaConfig, load_pretrained
 from merge import merge
 from qalora import adapter_parameters, add_adapters
-from quant import bits_per_weight, quantize_model
+from quant import quantize_model
 from text.batches import Example, calibration_windows, encode, token_stream
 from text.instructions import Record
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.toy import ATTRIBUTES, World, make_world
-from train import adamw, fine_tune
+from train import fine_tune
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The LLaMA model: its forward pass, its key-value cache, and generation. Plain PyTorch, in float.
 
 Nothing here knows of quantization, adapters or files. Parameters have the names of Hugging Face
-checkpoints, so loading one is a lookup (`formats/` does it). Left out: rope scaling, biases,
-sliding windows and all else that LLaMA-1 and LLaMA-2 lack; a checkpoint that needs one is refused
-by name.
+checkpoints, so loading one is a lookup (`formats/` does it). LLaMA-1 to LLaMA-3.2 and all that
+have their shape: TinyLlama, SmolLM2, Mistral. Left out: biases, sliding windows, rope scaling other
+than `linear` and `llama3`; a checkpoint that needs one is refused by name.
 
 Dimension key: B batch, T time, S all positions so far, D model width, H heads, K head size,
 F feed-forward width, V vocabulary.
@@ -14,6 +14,7 @@ F feed-forward width, V vocabulary.
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -25,7 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """A model's dimensions, named as in a Hugging Face LLaMA `config.json`."""
+    """A model's dimensions, named as in a Hugging Face LLaMA `config.json`.
+
+    head_dim: None becomes hidden_size / num_attention_heads; an explicit one need not be that.
+    rope_scaling: what `scale_frequencies` takes. eos_token_id: LLaMA-3's chat models have several.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -37,17 +42,32 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    head_dim: int | None = None
+    rope_scaling: dict | None = None
 
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def __post_init__(self):
+        if self.head_dim is None:  # a frozen dataclass takes no plain assignment
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        assert self.head_dim % 2 == 0, f"{self.head_dim=}: channels are rotated in pairs"
 
 
 _TINY = dict(max_position_embeddings=512, rms_norm_eps=1e-5)
 _V2 = dict(max_position_embeddings=4096, rms_norm_eps=1e-5)
+_8K = dict(max_position_embeddings=8192, rms_norm_eps=1e-5)
+_V3 = dict(_8K, rope_theta=5e5, bos_token_id=128000, eos_token_id=128001)
+LLAMA3_SCALING = dict(  # LLaMA-3.2's; LLaMA-3.1's factor is 8
+    rope_type="llama3",
+    factor=32.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+_V3_2 = dict(
+    _V3, max_position_embeddings=131072, tie_word_embeddings=True, rope_scaling=LLAMA3_SCALING
+)
+_SMOL = dict(_8K, rope_theta=1e5, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
 CONFIGS = {  # vocabulary, width, feed-forward width, layers, heads, key-value heads
     "tiny": LlamaConfig(512, 64, 192, 5, 2, 2, **_TINY),
     "7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32),
@@ -57,6 +77,13 @@ CONFIGS = {  # vocabulary, width, feed-forward width, layers, heads, key-value h
     "llama2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, **_V2),
     "llama2-13b": LlamaConfig(32000, 5120, 13824, 40, 40, 40, **_V2),
     "llama2-70b": LlamaConfig(32000, 8192, 28672, 80, 64, 8, **_V2),
+    "llama3-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, **_V3),
+    "llama3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, **_V3_2),
+    "llama3.2-3b": LlamaConfig(128256, 3072, 8192, 28, 24, 8, **_V3_2),
+    "tinyllama-1.1b": LlamaConfig(32000, 2048, 5632, 22, 32, 4, rms_norm_eps=1e-5),
+    "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, **_SMOL),
+    "smollm2-360m": LlamaConfig(49152, 960, 2560, 32, 15, 5, **_SMOL),
+    "smollm2-1.7b": LlamaConfig(49152, 2048, 8192, 24, 32, 32, **dict(_SMOL, rope_theta=1.3e5)),
 }
 # All of these are quantized; `targets` of qalora.add_adapters says which are adapted
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -73,8 +100,28 @@ def rotary_table(config: LlamaConfig, positions_T: Tensor) -> tuple[Tensor, Tens
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions_T.device)
     frequencies = config.rope_theta ** -(pairs.float() / config.head_dim)  # [K/2]
+    frequencies = scale_frequencies(frequencies, config.rope_scaling)
     angles = torch.outer(positions_T.float(), frequencies)  # [T, K/2]
     return angles.cos(), angles.sin()
+
+
+def scale_frequencies(frequencies: Tensor, scaling: dict | None) -> Tensor:
+    """Rotary frequencies [K/2], lowered for a longer context as `scaling` says; None: as they are.
+
+    linear: divided by `factor`, so that positions are interpolated (Chen et al., 2023). llama3:
+    kept where they make `high_freq_factor` turns or more within the original context, divided where
+    they make `low_freq_factor` or fewer, as the model has not seen a whole turn of those; between,
+    a mean of both.
+    """
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    assert scaling["rope_type"] == "llama3", scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
 def rotate(x_BHTK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

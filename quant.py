@@ -560,6 +560,7 @@ def check_group_size(config: LlamaConfig, group_size: int) -> None:
     """Raises UserError, naming the layer, when a linear layer's inputs are no whole groups."""
     widths = {
         "self_attn.q_proj": config.hidden_size,
+        "self_attn.o_proj": config.num_attention_heads * config.head_dim,
         "mlp.down_proj": config.intermediate_size,
     }
     for layer, inputs in widths.items():
@@ -570,17 +571,6 @@ def check_group_size(config: LlamaConfig, group_size: int) -> None:
                 f"model.layers.0.{layer}: group size {group_size} does not divide its {inputs} "
                 f"inputs; choose one of {', '.join(fitting)}"
             )
-
-
-def bits_per_weight(model: nn.Module) -> float:
-    """Bits that the blocks' linear layers and their adapters hold in memory, per weight."""
-    layers = [layer for _, layer in linears(model)]
-    bases = [getattr(layer, "base", layer) for layer in layers]
-    weights = sum(base.in_features * base.out_features for base in bases)
-    held = 0
-    for layer in layers:
-        held += sum(tensor.nbytes for tensor in layer.state_dict().values())
-    return 8 * held / weights
 
 
 # ---- files: formats/ reads and writes them; it imports this module

@@ -12,10 +12,8 @@ the same bits, and several processes only share the work.
 """
 
 import contextlib
-import hashlib
 import math
 import pathlib
-import random
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,15 +24,14 @@ from torch import nn
 import evals
 import formats
 from cli import base, machine, report, runs
-from cli.errors import UserError, run_command
-from cli.files import write_json
+from cli.data import digest, make_examples
+from cli.errors import run_command
+from cli.measure import bits_per_weight
 from cli.settings import Settings, read_settings, save_settings
 from formats.adapter import save_adapter
 from qalora import adapter_parameters, add_adapters
-from quant import bits_per_weight
-from text.batches import Example, batch_order, collate, encode
-from text.instructions import Record, read_records
-from text.tokenizer import Tokenizer
+from text.batches import Example, batch_order, collate
+from text.instructions import read_records
 from text.toy import make_world
 
 # ---- the training loop: the base is frozen, only the adapters learn
@@ -99,17 +96,6 @@ def accumulate_gradients(
     return total.item()
 
 
-def adamw(parameters: Sequence[nn.Parameter], lr: float, paged: bool) -> torch.optim.Optimizer:
-    """AdamW without weight decay. paged: its two moments live in memory that a GPU pages out."""
-    if not paged:
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    try:
-        from bitsandbytes.optim import PagedAdamW32bit
-    except ImportError as e:
-        raise UserError("--paged-optimizer needs bitsandbytes: pip install bitsandbytes") from e
-    return PagedAdamW32bit(parameters, lr=lr, weight_decay=0.0)
-
-
 # ---- a whole run
 
 
@@ -144,13 +130,7 @@ def run(settings: Settings) -> None:
     train_adapters(settings, model, train, held_out, identity)
     if is_first:
         save_adapter(model, out / "adapter", method=settings.method, base=identity["base"])
-        if world:
-            results = report.merge_and_judge_toy(settings, model, tokenizer, world)
-        else:
-            results = report.merge_and_judge(settings, model, train, held_out)
-        write_json(results, out / "results.json")
-        if settings.plot:
-            report.plot(out)
+        report.conclude(settings, model, tokenizer, world, train, held_out)
     runs.leave_processes()
 
 
@@ -163,9 +143,8 @@ def train_adapters(
 ) -> None:
     """Trains the adapters of `model` in place; with --resume from the newest checkpoint on."""
     done = 0
-    optimizer = adamw(
-        list(adapter_parameters(model).values()), settings.lr, settings.paged_optimizer
-    )
+    parameters = list(adapter_parameters(model).values())
+    optimizer = runs.adamw(parameters, settings.lr, settings.paged_optimizer)
     if settings.resume:
         runs.check_same_run(settings, identity)
         if machine.RANK == 0:
@@ -193,31 +172,6 @@ def train_adapters(
 
     few = examples[:4]
     runs.record(steps, settings, identity, model, optimizer, done, loss_on, held_out, few)
-
-
-def make_examples(
-    records: list[Record], form: str, tokenizer: Tokenizer, max_length: int, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """(training examples, examples held out for validation: a twentieth, at most 200)."""
-    examples, truncated = encode(records, tokenizer, max_length)
-    dropped = len(records) - len(examples)
-    if machine.RANK == 0:
-        left_out = f", {dropped} of these left out, as no response was left" if dropped else ""
-        cut = f"{truncated} longer than {max_length} tokens and cut"
-        print(f"data: {len(records)} records in {form} form, {cut}{left_out}")
-    random.Random(seed).shuffle(examples)
-    count = min(200, len(examples) // 20)
-    if len(examples) <= count:
-        raise UserError(
-            f"none of the {len(records)} records has room for a response; raise --max-length"
-        )
-    return examples[count:], examples[:count]
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """A few hexadecimal digits that tell whether these are the same examples in the same order."""
-    parts = [b"%d %b" % (e.prompt_length, e.tokens.tobytes()) for e in examples]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from cli.measure import (
     step_floors,
 )
 from cli.report import merge_and_compare
+from cli.runs import adamw
 from formats.files import fill
 from llama import CONFIGS, Llama, LlamaConfig, linears, rotary_table
 from qalora import adapter_parameters, add_adapters
@@ -240,7 +241,7 @@ def fine_tuning(model: nn.Module, steps: int, length: int, facts: dict, device: 
     model.model.checkpointing = True
     add_adapters(model, RANK, ALPHA)
     before = most_held(device, reset=True)  # the model, and what tables before this one have left
-    optimizer = train.adamw(list(adapter_parameters(model).values()), 2e-5, paged=False)
+    optimizer = adamw(list(adapter_parameters(model).values()), 2e-5, paged=False)
     recipe = dict(steps=steps, batch_size=16, micro_batch_size=4, clip=0.3, seed=0)
     lines, speeds, start = [], [], time.perf_counter()
     for line in train.fine_tune(model, examples, optimizer, **recipe):

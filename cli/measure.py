@@ -140,6 +140,17 @@ def machine(device: str) -> dict:
     }
 
 
+def bits_per_weight(model: nn.Module) -> float:
+    """Bits that the blocks' linear layers and their adapters hold in memory, per weight."""
+    layers = [layer for _, layer in linears(model)]
+    bases = [getattr(layer, "base", layer) for layer in layers]
+    weights = sum(base.in_features * base.out_features for base in bases)
+    held = 0
+    for layer in layers:
+        held += sum(tensor.nbytes for tensor in layer.state_dict().values())
+    return 8 * held / weights
+
+
 def peak_memory(run: Callable, device: str) -> int | None:
     """Bytes that `run()` needs at its peak, beyond what is held; None if that cannot be known."""
     gc.collect()

@@ -10,12 +10,12 @@ from torch import nn
 
 import evals
 import formats
-from cli.files import written_whole
+from cli.files import write_json, written_whole
+from cli.measure import bits_per_weight
 from cli.settings import Settings
 from cli.toy import TOY_BASE, score, table
 from formats.run import save_merged
 from merge import merge
-from quant import bits_per_weight
 from text.batches import Example, collate, encode
 from text.tokenizer import Tokenizer
 from text.toy import World
@@ -38,6 +38,25 @@ def logits_digest(model: nn.Module, examples: list[Example], batch_size: int) ->
         logits = model(tokens_BT.to(device))
         sha.update(logits.cpu().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def conclude(
+    settings: Settings,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    world: World | None,
+    train: list[Example],
+    held_out: list[Example],
+) -> None:
+    """Merges `model` and judges it; writes results.json, and loss.png where that is wanted."""
+    out = pathlib.Path(settings.out)
+    if world:
+        results = merge_and_judge_toy(settings, model, tokenizer, world)
+    else:
+        results = merge_and_judge(settings, model, train, held_out)
+    write_json(results, out / "results.json")
+    if settings.plot:
+        plot(out)
 
 
 def merge_and_judge(

@@ -13,7 +13,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from shlex import quote
 
 import torch
@@ -324,6 +324,17 @@ def set_adapter_aside(out: pathlib.Path) -> None:
     if (out / "adapter").exists():
         remove(out / "previous-adapter")
         (out / "adapter").rename(out / "previous-adapter")
+
+
+def adamw(parameters: Sequence[nn.Parameter], lr: float, paged: bool) -> torch.optim.Optimizer:
+    """AdamW without weight decay. paged: its two moments live in memory that a GPU pages out."""
+    if not paged:
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    try:
+        from bitsandbytes.optim import PagedAdamW32bit
+    except ImportError as e:
+        raise UserError("--paged-optimizer needs bitsandbytes: pip install bitsandbytes") from e
+    return PagedAdamW32bit(parameters, lr=lr, weight_decay=0.0)
 
 
 def page_again(optimizer: torch.optim.Optimizer) -> None:

@@ -85,6 +85,7 @@ SIZES = (
     "intermediate_size",
     "num_attention_heads",
     "num_key_value_heads",
+    "head_dim",
 )
 MISSING_WEIGHTS = """\
 Get LLaMA weights from Meta (llama.com) or, once you have accepted its licence, from

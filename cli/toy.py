@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 import evals
 from cli.files import written_whole
+from cli.measure import bits_per_weight
 from formats.huggingface import save_pretrained
 from llama import CONFIGS, Llama, LlamaConfig
-from quant import bits_per_weight
 from text.batches import token_stream, windows
 from text.tokenizer import Tokenizer, train_tokenizer
 from text.toy import World

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import pathlib
+import typing
 import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
@@ -112,38 +113,93 @@ def fingerprint_of(files: list[pathlib.Path]) -> str:
 # ---- the config
 
 
+SCALINGS = {  # the numbers that each type of rope scaling needs; the first two scale nothing
+    "default": (),
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# What else may stand beside them: the formats check what they mean
+BESIDE_SCALING = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+}
+
+
 def checked_config(path: pathlib.Path, fields: dict) -> LlamaConfig:
-    """A LlamaConfig of the fields with its names; UserError for missing or invalid ones."""
+    """A LlamaConfig of the fields with its names; UserError for missing or invalid ones.
+
+    rope_scaling is taken as it is: it comes from `checked_scaling`.
+    """
     values = {}
     for field in dataclasses.fields(LlamaConfig):
         value = values[field.name] = fields.get(field.name, field.default)
-        if value is dataclasses.MISSING or value is None:
+        kinds = typing.get_args(field.type) or (field.type,)
+        if value is dataclasses.MISSING or (value is None and type(None) not in kinds):
             raise UserError(f"{path}: {field.name} is missing")
-        if not _sensible(field, value):
+        if not (value is None or dict in kinds or _sensible(field.name, value, kinds)):
             raise UserError(
-                f"{path}: {field.name} = {json.dumps(value)} is not a sensible "
-                f"{field.type.__name__}"
+                f"{path}: {field.name} = {json.dumps(value)} is not a sensible {kinds[0].__name__}"
             )
-    config = LlamaConfig(**values)
-    D, H, KV = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    if D % (2 * H) or H % KV:
+    D, H = values["hidden_size"], values["num_attention_heads"]
+    KV, K = values["num_key_value_heads"], values["head_dim"]
+    if D % H or H % KV or (K or D // H) % 2:
+        own = f" of head_dim {K}" if K else ""
         raise UserError(
-            f"{path}: width {D}, {H} heads and {KV} key-value heads do not divide into even-sized "
-            "heads"
+            f"{path}: width {D}, {H} heads{own} and {KV} key-value heads do not divide into "
+            "even-sized heads"
         )
-    if fields.get("head_dim", config.head_dim) not in (None, config.head_dim):
-        head_dim = json.dumps(fields["head_dim"])
-        raise UserError(f"{path}: head_dim = {head_dim} contradicts width {D} and {H} heads")
-    return config
+    return LlamaConfig(**values)
 
 
-def _sensible(field, value):
-    if field.type is bool:
+def _sensible(name, value, kinds):
+    if bool in kinds:
         return type(value) is bool
-    if field.type is float:
+    if float in kinds:
         return type(value) in (int, float) and 0 < value < math.inf
-    smallest = 0 if field.name.endswith("token_id") else 1
+    if isinstance(value, list):
+        several = list[int] in kinds and len(value) > 0
+        return several and all(_sensible(name, one, (int,)) for one in value)
+    smallest = 0 if name.endswith("token_id") else 1
     return type(value) is int and smallest <= value < 2**24
+
+
+def checked_scaling(path: pathlib.Path, name: str, scaling: dict) -> dict | None:
+    """A LlamaConfig's rope_scaling from Hugging Face's fields; None where nothing is scaled.
+
+    name: what the file calls `scaling`, for the message. Raises UserError for a type that
+    `llama.scale_frequencies` does not compute, and for a field that is missing, invalid or unknown.
+    """
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in list(SCALINGS):
+        raise UserError(
+            f"{path}: {name} of type {json.dumps(kind)} is not supported, only default, linear and "
+            "llama3 are"
+        )
+    if scaling.get("type", kind) != kind:
+        raise UserError(f"{path}: {name} has two types; remove the wrong one")
+    checked = {"rope_type": kind}
+    for field in SCALINGS[kind]:
+        value = checked[field] = scaling.get(field)
+        if value is None:
+            raise UserError(f"{path}: {name}.{field} is missing, which type {kind} needs")
+        number = type(value) in (int, float) and 0 < value < 2**53
+        if not number or (field == "factor" and value < 1):
+            raise UserError(f"{path}: {name}.{field} = {json.dumps(value)} is not sensible")
+    unknown = scaling.keys() - checked.keys() - BESIDE_SCALING
+    if unknown:
+        field = min(unknown)
+        value = json.dumps(scaling[field])
+        raise UserError(f"{path}: {name}.{field} = {value} is not supported with type {kind}")
+    if kind == "llama3" and checked["low_freq_factor"] >= checked["high_freq_factor"]:
+        raise UserError(
+            f"{path}: {name}.high_freq_factor = {checked['high_freq_factor']} is not above its "
+            f"low_freq_factor = {checked['low_freq_factor']}"
+        )
+    return checked if SCALINGS[kind] else None
 
 
 def write_config(

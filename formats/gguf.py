@@ -13,6 +13,7 @@ The `gguf` package (pip install gguf) knows the container and the constants; it 
 where it is needed. `formats/q4_1.py` has the blocks, `formats/gguf_vocabulary.py` the tokenizer.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -29,6 +30,7 @@ from torch import Tensor
 from cli.errors import UserError
 from cli.files import written_whole
 from formats.files import GGUF_REST, checked_config, fill, open_file
+from formats.gguf_rope import ROPE_FREQS, divisors, linear_scaling, llama3_scaling
 from formats.gguf_vocabulary import tokenizer_of, write_vocabulary
 from formats.q4_1 import from_q4_1, quantized_layers, rotary_heads, to_q4_1
 from formats.quantized import quantized_skeleton, save_quantized
@@ -39,6 +41,7 @@ TENSORS = {  # llama.cpp's name of each module
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
+    "rope_freqs": "rope_freqs",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -57,10 +60,11 @@ HYPERPARAMETERS = {  # and of each field of a LlamaConfig, after "llama."
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
     "rope.freq_base": "rope_theta",
-    "rope.dimension_count": "head_dim",
     "vocab_size": "vocab_size",
 }
+SAME_AS_HEAD_DIM = ("attention.value_length", "rope.dimension_count")
 
 
 def gguf_package() -> ModuleType:
@@ -140,7 +144,8 @@ def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a Q4_1 file as a folder of our own: nothing is calibrated or quantized."""
     reader, _, tensors = open_gguf(path)
     save_quantized(load_model(path), folder)
-    others = [t for name, t in tensors.items() if name.split(".")[-2] not in LINEARS]
+    quantized = {t.name for name, t in tensors.items() if name.split(".")[-2] in LINEARS}
+    others = [tensor for tensor in reader.tensors if tensor.name not in quantized]
     save_rest(reader, others, folder / GGUF_REST)
 
 
@@ -202,6 +207,9 @@ def open_gguf(path: pathlib.Path) -> tuple:
         )
     found = {tensor.name: tensor for tensor in reader.tensors}
     config = gguf_config(path, metadata, tied="output.weight" not in found)
+    if ROPE_FREQS in found:
+        scaling = llama3_scaling(path, found.pop(ROPE_FREQS), config)
+        config = dataclasses.replace(config, rope_scaling=scaling)
     check_sizes(path, config, found)
     tensors = {}
     for name, shape in expected_shapes(config).items():
@@ -223,11 +231,12 @@ def check_sizes(path: pathlib.Path, config: LlamaConfig, found: dict) -> None:
             f"{path}: has no tensors for the last of {layers} layers; fetch it again, or join the "
             "parts of a split file with llama-gguf-split --merge"
         )
-    widths = config.hidden_size, config.intermediate_size
-    if widths[0] % 32 or widths[1] % 32:
+    D, F = config.hidden_size, config.intermediate_size
+    attended = config.num_attention_heads * config.head_dim
+    if D % 32 or F % 32 or attended % 32:
         raise UserError(
-            f"{path}: widths of {widths[0]} and {widths[1]} are not both multiples of 32, so not "
-            "all its layers can be Q4_1"
+            f"{path}: widths of {D}, {F} and {attended} are not all multiples of 32, so not all "
+            "its layers can be Q4_1"
         )
 
 
@@ -291,15 +300,10 @@ def gguf_config(path: pathlib.Path, metadata: dict, tied: bool) -> LlamaConfig:
     for key, field in HYPERPARAMETERS.items():
         if key in given:
             fields[field] = given.pop(key)
+    fields["rope_scaling"] = linear_scaling(path, given)
     config = checked_config(path, fields)
-    plain = {
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "expert_count": 0,
-        "expert_used_count": 0,
-        "rope.scaling.type": "none",
-        "rope.scale_linear": 1.0,
-    }
+    plain = {"expert_count": 0, "expert_used_count": 0}
+    plain |= dict.fromkeys(SAME_AS_HEAD_DIM, config.head_dim)
     for key, value in given.items():
         if key != "tensor_data_layout" and (key not in plain or value != plain[key]):
             raise UserError(f"{path}: llama.{key} = {value} is not supported")
@@ -366,6 +370,11 @@ def write_metadata(writer: Any, config: LlamaConfig, tokenizer: Tokenizer) -> No
         is_float = field in ("rms_norm_eps", "rope_theta")
         add = writer.add_float32 if is_float else writer.add_uint32
         add(f"llama.{key}", getattr(config, field))
+    for key in SAME_AS_HEAD_DIM:
+        writer.add_uint32(f"llama.{key}", config.head_dim)
+    if config.rope_scaling and config.rope_scaling["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling["factor"])
     write_vocabulary(writer, tokenizer, config.vocab_size)
 
 
@@ -374,7 +383,10 @@ def stored_tensors(model: Llama, embeddings: torch.dtype) -> dict[str, tuple]:
 
     A tied output head is left out, as llama.cpp then takes the embedding.
     """
-    tensors = {}
+    tensors, scaling = {}, model.config.rope_scaling
+    if scaling and scaling["rope_type"] == "llama3":
+        by = divisors(model.config, scaling)
+        tensors[ROPE_FREQS] = by.shape, torch.float32, lambda: by
     for name, p in model.named_parameters():
         dtype = torch.float32 if p.dim() == 1 else embeddings
         tensors[name] = p.shape, dtype, functools.partial(finite, name, p.detach(), dtype)

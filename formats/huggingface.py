@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,6 +16,7 @@ from formats.files import (
     Stored,
     all_finite,
     checked_config,
+    checked_scaling,
     fill,
     open_file,
     weight_files,
@@ -22,16 +24,20 @@ from formats.files import (
 )
 from llama import Llama, LlamaConfig
 
+ARCHITECTURES = {  # of each model_type; Mistral without its sliding window is a LLaMA
+    "llama": [["LlamaForCausalLM"], ["LLaMAForCausalLM"], None],
+    "mistral": [["MistralForCausalLM"], None],
+}
+# What transformers takes for a field that is left out, where that is not as for a LLaMA
+MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
 # Fields that change a LLaMA's arithmetic but not the names and shapes of its tensors, which are
 # checked in full. The first value is what is computed here; the others mean the same
 PLAIN = {
-    "model_type": ["llama"],
-    "architectures": [["LlamaForCausalLM"], ["LLaMAForCausalLM"], None],
     "hidden_act": ["silu"],
     "attention_bias": [False, None],
     "mlp_bias": [False, None],
-    "sliding_window": [None],
     "partial_rotary_factor": [1, None],
+    "original_max_position_embeddings": [None],  # transformers takes it before rope_scaling's
     "auto_map": [None],
     "quantization_config": [None],
 }
@@ -59,39 +65,65 @@ def read_config(path: pathlib.Path) -> LlamaConfig:
     """
     file = path / "config.json"
     fields = read_json(file)
+    kind = fields.get("model_type")
+    architectures = fields.get("architectures")
+    if kind not in list(ARCHITECTURES) or architectures not in ARCHITECTURES[kind]:
+        raise UserError(
+            f"{file}: model_type = {json.dumps(kind)} with architectures = "
+            f"{json.dumps(architectures)} is not supported, only llama with LlamaForCausalLM and "
+            "mistral with MistralForCausalLM are"
+        )
+    if kind == "mistral":
+        fields = {**MISTRAL, **fields}
     for name, allowed in PLAIN.items():
-        default = None if name == "model_type" else allowed[0]
-        value = fields.get(name, default)
+        value = fields.get(name, allowed[0])
         if value not in allowed:
             raise UserError(
                 f"{file}: {name} = {json.dumps(value)} is not supported, only "
                 f"{json.dumps(allowed[0])} is"
             )
-    for entry in ("rope_scaling", "rope_parameters"):  # newer configs keep rope_theta in the second
-        rope = fields.get(entry) or {}
-        if not _is_unscaled(rope, fields.get("rope_theta")):
-            raise UserError(
-                f"{file}: {entry} = {json.dumps(rope)} is not supported; rotary embeddings are "
-                "only computed unscaled, with one rope_theta"
-            )
-        if "rope_theta" in rope:
-            fields["rope_theta"] = rope["rope_theta"]
+    fields |= read_rope(file, fields)
     if fields.get("num_key_value_heads") is None:  # older than grouped-query attention
         fields["num_key_value_heads"] = fields.get("num_attention_heads")
-    return checked_config(file, fields)
+    config = checked_config(file, fields)
+    check_window(file, fields.get("sliding_window"), config.max_position_embeddings)
+    return config
 
 
-def _is_unscaled(rope, rope_theta):
-    if not isinstance(rope, dict):
-        return False
-    theta = rope.get("rope_theta") if rope_theta is None else rope_theta
-    plain = {
-        "rope_type": "default",
-        "type": "default",
-        "partial_rotary_factor": 1,
-        "rope_theta": theta,
-    }
-    return all(value == plain.get(name) for name, value in rope.items())
+def check_window(file: pathlib.Path, window: Any, context: int) -> None:
+    """Raises UserError for a sliding window, unless it is as wide as the context."""
+    if window is not None and not (type(window) is int and window >= context):
+        raise UserError(
+            f"{file}: sliding_window = {json.dumps(window)} is not supported; every token attends "
+            f"to all before it, up to max_position_embeddings = {context}"
+        )
+
+
+def read_rope(file: pathlib.Path, fields: dict) -> dict:
+    """rope_scaling, and rope_theta where it is given, as a LlamaConfig has them.
+
+    Old configs keep them in these fields, those of transformers 5 in rope_parameters. Raises
+    UserError where they contradict each other, or ask for what is not computed here.
+    """
+    thetas, scalings = [fields.get("rope_theta")], []
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise UserError(f"{file}: {name} = {json.dumps(rope)} is no JSON object")
+        if rope.get("partial_rotary_factor", 1) not in (1, None):
+            raise UserError(f"{file}: {name}.partial_rotary_factor is not supported, only 1 is")
+        thetas.append(rope.get("rope_theta"))
+        scalings.append(checked_scaling(file, name, rope))
+    thetas = [theta for theta in thetas if theta is not None]
+    if any(theta != thetas[0] for theta in thetas) or any(s != scalings[0] for s in scalings):
+        raise UserError(
+            f"{file}: rope_theta, rope_scaling and rope_parameters contradict each other; remove "
+            "what is wrong"
+        )
+    read = {"rope_scaling": scalings[0] if scalings else None}
+    return {**read, "rope_theta": thetas[0]} if thetas else read
 
 
 def open_weights(path: pathlib.Path) -> tuple[LlamaConfig, dict[str, Callable[[], Tensor]]]:

@@ -1,4 +1,4 @@
-"""Meta's own folders: params.json and model-parallel shards, consolidated.NN.pth.
+"""Meta's own folders of LLaMA-1 to 3.2: params.json and model-parallel shards, consolidated.NN.pth.
 
 Shards are joined, and the rotary order of the query and key rows is changed, on reading.
 """
@@ -16,7 +16,7 @@ from cli.errors import UserError
 from cli.files import read_json
 from formats.files import Stored, checked_config, open_file, weight_files
 from formats.huggingface import load_float, parameter_shapes, read_float
-from llama import CONFIGS, Llama, LlamaConfig
+from llama import CONFIGS, LLAMA3_SCALING, Llama, LlamaConfig
 
 FIELDS = {
     "dim": "hidden_size",
@@ -29,8 +29,11 @@ FIELDS = {
     "vocab_size": "vocab_size",
 }
 IGNORED = ("multiple_of", "ffn_dim_multiplier", "max_batch_size")  # the shapes tell
+# What use_scaled_rope means in Meta's code, and the context of the models that have it
+SCALED = {"rope_scaling": {**LLAMA3_SCALING, "factor": 8.0}, "max_position_embeddings": 131072}
+LLAMA3_TOKENS = {"bos_token_id": 128000, "eos_token_id": 128001}
 TENSORS = {  # Meta's name, and the dimension that shards are split along; None: each has all of it
-    "model.embed_tokens": ("tok_embeddings", 1),
+    "model.embed_tokens": ("tok_embeddings", 1),  # LLaMA-3's along 0: see `embedding_split`
     "model.norm": ("norm", None),
     "lm_head": ("output", 0),
     "input_layernorm": ("attention_norm", None),
@@ -66,32 +69,79 @@ def read_config(path: pathlib.Path) -> LlamaConfig:
     Raises UserError for a broken file and for any field that asks for what is not computed here.
     """
     file, shards = path / "params.json", open_shards(path)
-    fields = {name: value for name, value in read_json(file).items() if value is not None}
-    for name, value in fields.items():
-        if name not in FIELDS and name not in IGNORED:
-            raise UserError(
-                f"{file}: {name} = {json.dumps(value)} is not supported; LLaMA-1 and 2 lack it"
-            )
-    values = {"rms_norm_eps": 1e-5, "num_key_value_heads": fields.get("n_heads")}  # Meta's defaults
-    values |= {FIELDS[name]: value for name, value in fields.items() if name in FIELDS}
+    values = told_values(file)
+    split = embedding_split(shards, values.get("hidden_size"))
+    rows, widths = (sizes(shards, "tok_embeddings.weight", dim) for dim in (0, 1))
     if values.get("vocab_size", -1) == -1:
-        values["vocab_size"] = sizes(shards, "tok_embeddings.weight", 0)[0]
+        values["vocab_size"] = rows[0] if split == 1 else sum(rows)
+    if values["vocab_size"] == 128256:
+        values |= LLAMA3_TOKENS
     values["intermediate_size"] = sum(sizes(shards, "layers.0.feed_forward.w1.weight", 0))
+    values["tie_word_embeddings"] = is_tied(shards)
     config = checked_config(file, values)
-    width = sum(sizes(shards, "tok_embeddings.weight", 1))
+    width = sum(widths) if split == 1 else widths[0]
     if width != config.hidden_size:  # now, before the feed-forward width of too few shards counts
         raise UserError(
             f"{shards[-1][0]}: tensor tok_embeddings.weight is {width} wide up to this last shard, "
             f"but {file.name} asks for {config.hidden_size}; is a shard missing, or one of another "
             "model?"
         )
-    for known in CONFIGS.values():  # LLaMA-2's file does not say that its context is twice as long
-        same_context = dataclasses.replace(
-            known, max_position_embeddings=config.max_position_embeddings
-        )
-        if config == same_context:
+    return known_config(config) or config
+
+
+def told_values(file: pathlib.Path) -> dict:
+    """A LlamaConfig's fields that params.json tells; UserError for what is not computed here."""
+    fields = {name: value for name, value in read_json(file).items() if value is not None}
+    is_scaled = fields.pop("use_scaled_rope", False)
+    if type(is_scaled) is not bool:
+        raise UserError(f"{file}: use_scaled_rope = {json.dumps(is_scaled)} is not true or false")
+    values = {"rms_norm_eps": 1e-5, "num_key_value_heads": fields.get("n_heads")}  # Meta's defaults
+    if is_scaled:
+        values |= SCALED
+    for name, value in fields.items():
+        if name in FIELDS:
+            values[FIELDS[name]] = value
+        elif name not in IGNORED:
+            raise UserError(
+                f"{file}: {name} = {json.dumps(value)} is not supported; LLaMA-1, 2 and 3 lack it"
+            )
+    return values
+
+
+def known_config(config: LlamaConfig) -> LlamaConfig | None:
+    """The one of CONFIGS that is `config` but for what params.json does not tell.
+
+    That is the context of LLaMA-2, and the factor of LLaMA-3.2's rope scaling: Meta's code has 8,
+    its own Hugging Face folders of the same weights 32.
+    """
+    for known in CONFIGS.values():
+        untold = {"max_position_embeddings": config.max_position_embeddings}
+        if known.rope_scaling and config.rope_scaling:
+            untold["rope_scaling"] = config.rope_scaling
+        if config == dataclasses.replace(known, **untold):
             return known
-    return config
+    return None
+
+
+def embedding_split(shards: list, width: int) -> int:
+    """The dimension that the embedding is split along: since LLaMA-3 its rows, before its width."""
+    whole_rows = all(size == width for size in sizes(shards, "tok_embeddings.weight", 1))
+    return 0 if whole_rows and len(shards) > 1 else 1
+
+
+def is_tied(shards: list) -> bool:
+    """Whether the output head is the embedding: left out, or stored again as LLaMA-3.2's is."""
+    heads = [tensors.get("output.weight") for _, tensors in shards]
+    if not any(heads):
+        return True
+    tables = pieces_of(shards, "tok_embeddings.weight")
+    for head, table in zip(heads, tables, strict=True):
+        if head is None or head.shape != table.shape:
+            return False
+        a, b = head.read(), table.read()
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            return False
+    return True
 
 
 def sizes(shards: list, name: str, dim: int) -> list[int]:
@@ -131,11 +181,15 @@ def open_weights(path: pathlib.Path) -> tuple[LlamaConfig, dict[str, Callable[[]
     weights, known = {}, set()
     for name, shape in parameter_shapes(config).items():
         stored_name, dim = meta_name(name)
+        if stored_name == "tok_embeddings.weight":
+            dim = embedding_split(shards, config.hidden_size)
         pieces = pieces_of(shards, stored_name)
         check_shapes(pieces, shape, dim)
         heads = rotary_heads.get(name.split(".")[-2])
         weights[name] = functools.partial(read_joined, pieces, dim, heads)
         known.add(stored_name)
+    if config.tie_word_embeddings:
+        known.add("output.weight")
     for _, tensors in shards:
         for name, stored in tensors.items():
             if name not in known and name != "rope.freqs":

@@ -15,6 +15,7 @@ with it: now and then the last bit decides how one activation is rounded, and la
 
 import argparse
 import ctypes
+import dataclasses
 import importlib.metadata
 import json
 import pathlib
@@ -41,7 +42,7 @@ import transformers
 from cli.toy import pretrain
 from export import export
 from formats.gguf import check_tokenizer, import_base
-from llama import Llama, LlamaConfig, load_pretrained
+from llama import LLAMA3_SCALING, Llama, LlamaConfig, load_pretrained
 from merge import merge
 from qalora import adapter_parameters, add_adapters
 from quant import load_quantized, quantize_model, save_quantized
@@ -273,6 +274,37 @@ def check_back_and_forth(out):
     compare(base, out / "tuned.gguf", prompts, seed_texts(), greedy=None)
 
 
+def check_newer(out):
+    """What came after LLaMA-2, far enough for slow rotary frequencies to matter."""
+    print("\nnewer LLaMAs: random weights as float32, 400 tokens, from the numbers in the file")
+    wide, linear = dict(head_dim=64), dict(rope_scaling={"rope_type": "linear", "factor": 4.0})
+    llama3 = dict(rope_scaling=LLAMA3_SCALING)
+    changes = {"head size 64 of 32": wide, "linear scaling": linear, "llama3 scaling": llama3}
+    changes["llama3 scaling, head size 64 of 32"] = wide | llama3
+    tokens = torch.randint(3, 32000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    for i, (name, fields) in enumerate(changes.items()):
+        torch.manual_seed(i)
+        folder, file = out / f"newer-{i}", out / f"newer-{i}.gguf"
+        folder.mkdir()
+        shape = dict(rms_norm_eps=1e-5, rope_theta=5e3)
+        model = Llama(LlamaConfig(32000, 128, 256, 2, 4, 2, **shape, **fields))
+        for p in model.parameters():
+            p.data.mul_(4 if p.dim() > 1 else 1)
+        save_quantized(quantize_model(model, 4, 32), folder)
+        shutil.copyfile(MATERIAL / "llama-tokenizer.model", folder / "tokenizer.model")
+        export(folder, file)
+        dequantize_file(file, out / "newer-float32.gguf", np.float32)
+        theirs = LlamaCpp(out / "newer-float32.gguf").logits(tokens)
+        ours = AsInFile(folder, file)
+        error = relative_error(theirs, ours.logits(tokens))
+        found = f"{error:.1e}"
+        if ours.model.config.rope_scaling:
+            unscaled = dataclasses.replace(ours.model.config, rope_scaling=None)
+            ours.model.model.config = unscaled
+            found += f" (without the scaling: {relative_error(theirs, ours.logits(tokens)):.1e})"
+        report(name, found, error < 1e-5)
+
+
 def dequantize_file(path, out, dtype):
     """Writes a GGUF file anew with all its matrices in `dtype`."""
     reader = gguf.GGUFReader(path)
@@ -303,6 +335,7 @@ def main():
         check_trained(pathlib.Path(out))
         check_stories(pathlib.Path(out))
         check_back_and_forth(pathlib.Path(out))
+        check_newer(pathlib.Path(out))
     print(f"\n{len(failures)} of the checks failed" if failures else "\nall as promised")
     sys.exit(bool(failures))
 

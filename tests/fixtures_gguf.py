@@ -1,12 +1,13 @@
 """Small quantized models in folders, with a tokenizer, as fixtures."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 
 from formats.quantized import save_quantized
-from llama import Llama, LlamaConfig
+from llama import LLAMA3_SCALING, Llama, LlamaConfig
 from quant import quantize_model
 from text.tokenizer import train_tokenizer
 
@@ -15,7 +16,11 @@ CONFIG = LlamaConfig(
 )
 
 
-TIED = LlamaConfig(**{**vars(CONFIG), "tie_word_embeddings": True})
+TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+# What came after LLaMA-2: heads of a size of their own (4 * 24 is not 64), and rope scaling
+WIDE_HEADS = dataclasses.replace(CONFIG, head_dim=24)
+LINEAR = dataclasses.replace(CONFIG, rope_scaling={"rope_type": "linear", "factor": 4.0})
+LLAMA3 = dataclasses.replace(WIDE_HEADS, rope_scaling=LLAMA3_SCALING, tie_word_embeddings=True)
 
 
 TEXTS = [

@@ -53,8 +53,26 @@ def ending(capsys, main, *more):
 # ---- LLaMA
 
 
+def scalings():
+    """Every type of rope scaling; with these contexts a small head has frequencies of all kinds."""
+    linear = st.fixed_dictionaries(
+        {"rope_type": st.just("linear"), "factor": st.sampled_from([1, 2.0, 7.5])}
+    )
+    llama3 = st.fixed_dictionaries(
+        {
+            "rope_type": st.just("llama3"),
+            "factor": st.sampled_from([1.5, 8, 32.0]),
+            "low_freq_factor": st.sampled_from([0.5, 1]),
+            "high_freq_factor": st.sampled_from([2.0, 4]),
+            "original_max_position_embeddings": st.sampled_from([4, 16, 8192]),
+        }
+    )
+    return st.none() | linear | llama3
+
+
 @st.composite
-def configs(draw, kv_heads=None, tied=st.booleans()):  # noqa: B008, a strategy is immutable
+def configs(draw, kv_heads=None, tied=st.booleans(), old=False):  # noqa: B008, immutable
+    """Any small LLaMA; `old`: of LLaMA-1 or 2, without what came later."""
     kv = draw(st.sampled_from([1, 2, 3]) if kv_heads is None else st.just(kv_heads))
     heads = kv * draw(st.sampled_from([1, 2, 3]))
     return LlamaConfig(
@@ -68,6 +86,8 @@ def configs(draw, kv_heads=None, tied=st.booleans()):  # noqa: B008, a strategy 
         rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
         rope_theta=draw(st.sampled_from([100.0, 1e4, 1e6])),
         tie_word_embeddings=draw(tied),
+        head_dim=None if old else draw(st.sampled_from([None, 2, 6])),
+        rope_scaling=None if old else draw(scalings()),
     )
 
 
@@ -94,6 +114,26 @@ def random_tokens(config, batch, length, seed=0):
     return torch.randint(config.vocab_size, (batch, length), generator=generator)
 
 
+def reference_frequencies(config):
+    """Every pair's rotary frequency in float64, from wavelengths, as Meta's code has them."""
+    scaling, found = config.rope_scaling or {"rope_type": None}, []
+    for i in range(config.head_dim // 2):
+        frequency = config.rope_theta ** (-2 * i / config.head_dim)
+        if scaling["rope_type"] == "linear":
+            frequency = frequency / scaling["factor"]
+        elif scaling["rope_type"] == "llama3":
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            original = scaling["original_max_position_embeddings"]
+            wavelength, divided = 2 * np.pi / frequency, frequency / scaling["factor"]
+            if wavelength > original / low:
+                frequency = divided
+            elif wavelength >= original / high:
+                smooth = (original / wavelength - low) / (high - low)
+                frequency = (1 - smooth) * divided + smooth * frequency
+        found.append(frequency)
+    return np.array(found)
+
+
 def reference_logits(weights, config, tokens, interleaved=False):
     """LLaMA from its formulas in float64, [T, V]: rotary numbers are complex, attention is a loop.
 
@@ -101,8 +141,7 @@ def reference_logits(weights, config, tokens, interleaved=False):
     """
     w = {name: tensor.double().numpy() for name, tensor in weights.items()}
     H, KV = config.num_attention_heads, config.num_key_value_heads
-    K = config.hidden_size // H
-    frequency = config.rope_theta ** (-2 * np.arange(K // 2) / K)
+    K, frequency = config.head_dim, reference_frequencies(config)
 
     def layer(i, name):
         return w[f"model.layers.{i}.{name}.weight"]

@@ -26,7 +26,13 @@ META = {
 HF_LAYOUTS = ["one.safetensors", "many.safetensors", "one.bin", "many.bin"]
 
 
-LAYOUTS = HF_LAYOUTS + ["meta1", "meta2", "meta4"]
+# Meta's shards; since LLaMA-3 they split the embedding by rows
+LAYOUTS = HF_LAYOUTS + ["meta1", "meta2", "meta4", "meta2rows"]
+
+
+def shards_of(layout):
+    """How many shards a layout of Meta's has; None for other layouts."""
+    return int(layout[4]) if layout.startswith("meta") else None
 
 
 def write_hf(folder, tensors, config, layout="one.safetensors", **fields):
@@ -54,8 +60,11 @@ def write_hf(folder, tensors, config, layout="one.safetensors", **fields):
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
 
-def write_meta(folder, tensors, config, shards, **fields):
-    """A folder like Meta's of tensors that have Hugging Face's names but Meta's order of rows."""
+def write_meta(folder, tensors, config, shards, rows=False, **fields):
+    """A folder like Meta's of tensors that have Hugging Face's names but Meta's order of rows.
+
+    rows: the embedding is split by rows.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "dim": config.hidden_size,
@@ -73,7 +82,8 @@ def write_meta(folder, tensors, config, shards, **fields):
     for shard in range(shards):
         held = {"rope.freqs": torch.ones(config.head_dim // 2)}
         for name, tensor in tensors.items():
-            columns = any(part in name for part in ("embed_tokens", "o_proj", "down_proj"))
+            columns = "o_proj" in name or "down_proj" in name
+            columns |= "embed_tokens" in name and not rows
             split = tensor
             if tensor.dim() == 2:
                 split = tensor.chunk(shards, dim=1 if columns else 0)[shard]
@@ -97,7 +107,8 @@ def write_checkpoint(folder, model, layout, **fields):
     tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
     if layout.startswith("meta"):
         tensors = meta_rows(tensors, model.config)
-        write_meta(folder, tensors, model.config, int(layout[4:]), **fields)
+        rows = layout.endswith("rows")
+        write_meta(folder, tensors, model.config, shards_of(layout), rows, **fields)
     else:
         write_hf(folder, tensors, model.config, layout, **fields)
 

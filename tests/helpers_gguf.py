@@ -4,6 +4,7 @@ The oracles share no code with formats/: the package's reader and `dequantize`, 
 tokenizer that know nothing but the file. llama.cpp itself reads such files in check_llamacpp.py.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import sentencepiece
 import torch
 from fixtures_gguf import TEXTS
+from helpers import reference_frequencies
 
 import formats
 from formats import fingerprint, load_model
@@ -44,10 +46,14 @@ class FromFile:
         float64: [T, V]."""
         m = {key.removeprefix("llama."): value for key, value in self.metadata.items()}
         heads, eps = m["attention.head_count"], m["attention.layer_norm_rms_epsilon"]
-        size, T = m["embedding_length"] // heads, len(tokens)
-        assert size == m["rope.dimension_count"]
+        size, T = m.get("attention.key_length", m["embedding_length"] // heads), len(tokens)
+        assert size == m["rope.dimension_count"] == m.get("attention.value_length", size)
         shared = heads // m["attention.head_count_kv"]
-        angles = np.outer(np.arange(T), m["rope.freq_base"] ** (-np.arange(0, size, 2) / size))
+        frequencies = m["rope.freq_base"] ** (-np.arange(0, size, 2) / size)
+        frequencies /= m.get("rope.scaling.factor", m.get("rope.scale_linear", 1))
+        if "rope_freqs.weight" in self.tensors:
+            frequencies /= self.weight("rope_freqs")
+        angles = np.outer(np.arange(T), frequencies)
         turn = np.exp(1j * angles)[:, None]  # [T, 1, K/2]
 
         def norm(x, name):
@@ -126,6 +132,7 @@ def our_logits(folder, tokens):
 
 
 TOKENS = [1, 290, 5, 77, 123, 280, 4, 260, 261, 12]
+MANY_TOKENS = 30 * TOKENS  # far enough for slow rotary frequencies to matter
 
 
 def sentencepiece_file(path, **options):
@@ -151,6 +158,14 @@ def kind_of(processor, i):
     """GGUF's number for what kind of piece i is."""
     kinds = {"is_unknown": 2, "is_control": 3, "is_unused": 5, "is_byte": 6}
     return next((kind for name, kind in kinds.items() if getattr(processor, name)(i)), 1)
+
+
+def rope_freqs(config, **changes):
+    """The tensor of that name, float32 [K/2]; `changes` are of the rope scaling."""
+    scaled = dataclasses.replace(config, rope_scaling=config.rope_scaling | changes)
+    unscaled = dataclasses.replace(config, rope_scaling=None)
+    divisors = reference_frequencies(unscaled) / reference_frequencies(scaled)
+    return divisors.astype(np.float32)
 
 
 def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
@@ -188,7 +203,15 @@ def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
         "tokenizer.ggml.eos_token_id": (2, U),
         "tokenizer.chat_template": ("{{ messages }}", V.STRING),
     }
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        metadata |= {f"llama.attention.{k}_length": (config.head_dim, U) for k in ("key", "value")}
     rng, tensors = np.random.default_rng(3), {}
+    scaling = config.rope_scaling or {"rope_type": None}
+    if scaling["rope_type"] == "linear":
+        metadata["llama.rope.scaling.type"] = "linear", V.STRING
+        metadata["llama.rope.scaling.factor"] = scaling["factor"], F
+    elif scaling["rope_type"] == "llama3":
+        tensors["rope_freqs.weight"] = rope_freqs(config), Type.F32
     for name, p in Llama(config).named_parameters():
         name = gguf_name(name)
         w = (rng.normal(0, 0.2, p.shape) + (p.dim() == 1)).astype(np.float32)

@@ -1,5 +1,6 @@
 """What export.py promises: a GGUF file says all there is to say."""
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -8,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 import sentencepiece
-from fixtures_gguf import CONFIG, TEXTS, TIED
+import torch
+from fixtures_gguf import CONFIG, LINEAR, LLAMA3, TEXTS, TIED, WIDE_HEADS
 from helpers_gguf import (
+    MANY_TOKENS,
     TOKENS,
     FromFile,
     Type,
@@ -19,11 +22,13 @@ from helpers_gguf import (
     our_logits,
     quantize_file,
     relative_error,
+    rope_freqs,
     run_of,
 )
 from safetensors.torch import load_file, save_file
 
 import export
+import formats
 import merge
 import train
 from cli.errors import UserError
@@ -32,7 +37,7 @@ from formats.files import GGUF_REST
 from formats.huggingface import save_pretrained
 from formats.q4_1 import quantized_layers
 from formats.quantized import save_quantized
-from llama import Llama, LlamaConfig
+from llama import Llama
 from text.tokenizer import load_tokenizer
 
 
@@ -49,6 +54,8 @@ def test_the_file_has_every_hyperparameter(folder_of, tmp_path):
         "llama.feed_forward_length": 96,
         "llama.attention.head_count": 4,
         "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 16,
+        "llama.attention.value_length": 16,
         "llama.attention.layer_norm_rms_epsilon": np.float32(3e-5),
         "llama.rope.freq_base": 5000.0,
         "llama.rope.dimension_count": 16,
@@ -118,6 +125,28 @@ def test_the_file_has_every_tensor_in_its_type_and_shape(folder_of, tmp_path, em
     assert found == {f"{name}.weight": value for name, value in expected.items()}
 
 
+@pytest.mark.parametrize("config", [WIDE_HEADS, LINEAR, LLAMA3])
+def test_a_newer_llama_follows_from_the_file_alone_and_is_read_back(folder_of, tmp_path, config):
+    folder, file = folder_of(config=config), tmp_path / "m.gguf"
+    export.export(folder, file, "f32")
+    logits = our_logits(folder, MANY_TOKENS)
+    assert relative_error(FromFile(file).logits(MANY_TOKENS), logits) < 5e-3
+    kept = float(np.float32(config.rms_norm_eps))
+    assert formats.read_config(file) == dataclasses.replace(config, rms_norm_eps=kept)
+    with torch.no_grad():
+        again = load_model(file, torch.float32)(torch.tensor([MANY_TOKENS]))[0].double().numpy()
+    assert relative_error(again, logits) < 5e-3
+
+
+def test_rope_freqs_are_those_that_llama_cpp_writes(folder_of, tmp_path):
+    export.export(folder_of(config=LLAMA3), tmp_path / "m.gguf")
+    tensors = FromFile(tmp_path / "m.gguf").tensors
+    assert next(iter(tensors)) == "rope_freqs.weight"
+    found, divisors = tensors["rope_freqs.weight"].data, rope_freqs(LLAMA3)
+    assert found.dtype == np.float32 and np.allclose(found, divisors, rtol=1e-6, atol=0)
+    assert len(found) == 12 and {1.0, 32.0} < set(found.tolist())
+
+
 def test_tied_embeddings_are_stored_once(folder_of, tmp_path):
     folder = folder_of(config=TIED)
     export.export(folder, tmp_path / "m.gguf", "f32")
@@ -128,8 +157,9 @@ def test_tied_embeddings_are_stored_once(folder_of, tmp_path):
 
 @pytest.mark.parametrize("bits, group_size", [(4, 32), (3, 32), (2, 32), (4, 96), (2, 64)])
 def test_the_logits_follow_from_the_file_alone(folder_of, tmp_path, bits, group_size):
-    config = LlamaConfig(
-        **{**vars(CONFIG), "intermediate_size": 192, "hidden_size": 192 if group_size == 96 else 64}
+    width = 192 if group_size == 96 else 64
+    config = dataclasses.replace(
+        CONFIG, intermediate_size=192, hidden_size=width, head_dim=width // 4
     )
     folder = folder_of(bits, group_size, config)
     model = load_model(folder)

@@ -1,11 +1,15 @@
 """What came from a GGUF file goes back as it was, but for its offsets; what cannot be a base is
 refused."""
 
+import dataclasses
+import types
+
 import numpy as np
 import pytest
 import torch
-from fixtures_gguf import CONFIG, TIED
+from fixtures_gguf import CONFIG, LINEAR, LLAMA3, TIED, WIDE_HEADS
 from helpers_gguf import (
+    MANY_TOKENS,
     TOKENS,
     FromFile,
     Type,
@@ -16,20 +20,27 @@ from helpers_gguf import (
     put_tensor,
     quantize_file,
     relative_error,
+    rope_freqs,
     run_of,
 )
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import export
 import formats
 import merge
 from cli.errors import UserError
-from formats import load_model
-from llama import LlamaConfig
+from formats import gguf_rope, load_model
+from formats.files import write_config
+from llama import LLAMA3_SCALING, LlamaConfig
 from text.tokenizer import load_tokenizer
 
 WIDE = LlamaConfig(300, 256, 64, 1, 4, 2, rms_norm_eps=1e-5)
+STRING, FLOAT = gguf.GGUFValueType.STRING, gguf.GGUFValueType.FLOAT32
+
+
+def put(name, value, kind=gguf.GGUFValueType.UINT32):
+    return lambda metadata, tensors: metadata.update({name: (value, kind)})
 
 
 @pytest.mark.parametrize(
@@ -46,6 +57,101 @@ def test_a_q4_1_file_computes_here_what_it_says_and_comes_back_byte_for_byte(
     )  # norms and embedding round to float16
     export.export(folder, tmp_path / "out.gguf")
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "in.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("config", [WIDE_HEADS, LINEAR, LLAMA3])
+def test_a_newer_llama_computes_here_what_its_file_says_and_comes_back_byte_for_byte(
+    tmp_path, tokenizer_file, config
+):
+    quantize_file(tmp_path / "in.gguf", config, load_tokenizer(tokenizer_file))
+    folder = imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base")
+    from_file = FromFile(tmp_path / "in.gguf").logits(MANY_TOKENS)
+    assert relative_error(our_logits(folder, MANY_TOKENS), from_file) < 5e-3
+    for read in (formats.read_config(tmp_path / "in.gguf"), formats.read_config(folder)):
+        assert (read.head_dim, read.rope_scaling) == (config.head_dim, config.rope_scaling)
+    unscaled = dataclasses.replace(config, rope_scaling=None)
+    if config.rope_scaling:
+        (folder / "config.json").unlink()
+        write_config(unscaled, folder, {"quantization": {"bits": 4, "group_size": 32}})
+        assert relative_error(our_logits(folder, MANY_TOKENS), from_file) > 5e-2
+    export.export(folder, tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "in.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "keys, factor",
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, 4),
+        ({"scaling.factor": 4.0}, 4),
+        ({"scale_linear": 4.0}, 4),
+        ({"scale_linear": 8.0, "scaling.factor": 4.0}, 4),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scale_linear": 1.0}, None),
+        ({"scaling.type": "none"}, None),
+    ],
+)
+def test_linear_scaling_is_read_under_new_and_old_names(tmp_path, tokenizer_file, keys, factor):
+    def change(metadata, tensors):
+        for key, value in keys.items():
+            metadata[f"llama.rope.{key}"] = value, STRING if key.endswith("type") else FLOAT
+
+    quantize_file(tmp_path / "in.gguf", CONFIG, load_tokenizer(tokenizer_file), change=change)
+    scaling = formats.read_config(tmp_path / "in.gguf").rope_scaling
+    assert scaling == ({"rope_type": "linear", "factor": factor} if factor else None)
+
+
+@given(factor=st.floats(1, 128, width=32), size=st.integers(1, 64), theta=st.floats(1e3, 1e7))
+def test_llama3_scaling_is_found_again_in_its_divisors(factor, size, theta):
+    """Computed in float32, as llama.cpp's converter does."""
+    scaling = {**LLAMA3_SCALING, "factor": factor}
+    config = dataclasses.replace(
+        CONFIG, head_dim=2 * size, rope_theta=theta, rope_scaling=LLAMA3_SCALING
+    )
+    divisors = rope_freqs(config, factor=factor)
+    found = gguf_rope.divisors(config, scaling).numpy()
+    assert np.allclose(found, divisors, rtol=1e-6)
+    noise = np.random.default_rng(0).uniform(-1, 1, size) * 3e-7 * divisors
+    tensor = types.SimpleNamespace(
+        tensor_type=Type.F32, shape=np.array([size]), data=(divisors + noise).astype(np.float32)
+    )
+    assume(divisors[-1] == np.float32(factor))  # else no pair is slow enough to tell it
+    unscaled = dataclasses.replace(config, rope_scaling=None)
+    read = gguf_rope.llama3_scaling("f", tensor, unscaled)
+    assert read == {**LLAMA3_SCALING, "factor": pytest.approx(factor, rel=1e-6)}
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda d: rope_freqs(LLAMA3, original_max_position_embeddings=4096), "only the numbers"),
+        (lambda d: rope_freqs(LLAMA3, high_freq_factor=3.0), "only the numbers"),
+        (lambda d: rope_freqs(LLAMA3, low_freq_factor=2.0), "only the numbers"),
+        (lambda d: np.where(d == 1, 1.001, d), "only the numbers"),
+        (lambda d: np.where(d == 1, np.nan, d), "only the numbers"),
+        (lambda d: np.where(d == 1, d, np.inf), "only the numbers"),
+        (lambda d: d * 0, "only the numbers"),
+        (lambda d: d[:8], r"F32 of shape \[8\], not F32 of \[12\]"),
+        (lambda d: d.astype(np.float16), r"F16 of shape \[12\], not F32"),
+    ],
+)
+def test_a_rope_freqs_tensor_of_other_numbers_is_refused(tmp_path, tokenizer_file, change, reason):
+    def spoil(metadata, tensors):
+        divisors = change(tensors["rope_freqs.weight"][0])
+        kind = Type.F16 if divisors.dtype == np.float16 else Type.F32
+        divisors = divisors.astype(np.float16 if kind == Type.F16 else np.float32)
+        tensors["rope_freqs.weight"] = divisors, kind
+
+    quantize_file(tmp_path / "in.gguf", LLAMA3, load_tokenizer(tokenizer_file), change=spoil)
+    with pytest.raises(UserError, match=f"in.gguf: rope_freqs.weight is .*{reason}") as e:
+        formats.read_config(tmp_path / "in.gguf")
+    assert "\n" not in str(e.value)
+
+
+def test_rope_freqs_beside_linear_scaling_is_refused(tmp_path, tokenizer_file):
+    change = put("llama.rope.scaling.factor", 4.0, FLOAT)
+    quantize_file(tmp_path / "in.gguf", LLAMA3, load_tokenizer(tokenizer_file), change=change)
+    with pytest.raises(UserError, match="rope_freqs.weight beside llama.rope.scaling"):
+        formats.read_config(tmp_path / "in.gguf")
 
 
 @pytest.mark.parametrize(
@@ -93,10 +199,11 @@ def test_a_number_that_float16_cannot_hold_is_refused(tmp_path, tokenizer_file):
         imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base")
 
 
+@pytest.mark.parametrize("config", [CONFIG, LLAMA3])
 def test_fine_tuning_a_gguf_file_changes_its_offsets_and_nothing_else(
-    tmp_path, tokenizer_file, run
+    tmp_path, tokenizer_file, run, config
 ):
-    quantize_file(tmp_path / "in.gguf", CONFIG, load_tokenizer(tokenizer_file))
+    quantize_file(tmp_path / "in.gguf", config, load_tokenizer(tokenizer_file))
     finished = run_of(
         imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base"), tmp_path / "run"
     )
@@ -106,10 +213,6 @@ def test_fine_tuning_a_gguf_file_changes_its_offsets_and_nothing_else(
     assert_only_offsets_differ(before, after)
     assert relative_error(after.logits(TOKENS), our_logits(finished, TOKENS)) < 5e-3
     assert relative_error(before.logits(TOKENS), our_logits(finished, TOKENS)) > 5e-2
-
-
-def put(name, value, kind=gguf.GGUFValueType.UINT32):
-    return lambda metadata, tensors: metadata.update({name: (value, kind)})
 
 
 def drop(name):
@@ -134,20 +237,22 @@ def not_a_number(metadata, tensors):
     tensors["blk.1.ffn_up.weight"][0][5, :2] = np.array([np.nan], np.float16).view(np.uint8)
 
 
-STRING = gguf.GGUFValueType.STRING
-
-
 @pytest.mark.parametrize(
     "change, reason",
     [
         (put("general.architecture", "gemma"), "architecture llama are supported, not gemma"),
         (
-            put("llama.rope.scaling.type", "linear", STRING),
-            "llama.rope.scaling.type = linear is not supported",
+            put("llama.rope.scaling.type", "yarn", STRING),
+            "llama.rope.scaling.type = yarn is not supported",
         ),
+        (put("llama.rope.scaling.type", "linear", STRING), "llama.rope.scaling.factor is missing"),
+        (put("llama.rope.scaling.factor", "8", STRING), 'llama.rope.scaling.factor = "8"'),
+        (put("llama.rope.scaling.factor", 0.0, FLOAT), "llama.rope.scaling.factor = 0.0 is not"),
+        (put("llama.rope.scale_linear", float("nan"), FLOAT), "rope.scaling.factor = NaN is not"),
         (put("llama.expert_count", 8), "llama.expert_count = 8 is not supported"),
-        (put("llama.attention.key_length", 32), "llama.attention.key_length = 32 is not supported"),
-        (put("llama.rope.dimension_count", 8), "head_dim = 8 contradicts"),
+        (put("llama.attention.key_length", 32), "llama.rope.dimension_count = 16 is not supported"),
+        (put("llama.attention.value_length", 8), "llama.attention.value_length = 8 is not"),
+        (put("llama.rope.dimension_count", 8), "llama.rope.dimension_count = 8 is not supported"),
         (put("llama.block_count", 2**23), "no tensors for the last of 8388608 layers"),
         (
             put("llama.feed_forward_length", 2**63, gguf.GGUFValueType.UINT64),
@@ -157,7 +262,7 @@ STRING = gguf.GGUFValueType.STRING
         (put("llama.feed_forward_length", 128), "has the shape"),
         (
             put("llama.feed_forward_length", 172),
-            "widths of 64 and 172 are not both multiples of 32",
+            "widths of 64, 172 and 64 are not all multiples of 32",
         ),
         (put("tokenizer.ggml.model", "bert", STRING), "its tokenizer is of the kind bert"),
         (put("tokenizer.ggml.tokens", ["a", "b"], gguf.GGUFValueType.ARRAY), "has the shape"),

@@ -21,6 +21,7 @@ from helpers_checkpoints import (
     LAYOUTS,
     change,
     rewrite,
+    shards_of,
     write_checkpoint,
     write_hf,
     write_meta,
@@ -38,8 +39,8 @@ from llama import Llama, LlamaConfig, load_pretrained
 
 @given(data=st.data(), seed=SEEDS, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
 def test_every_layout_loads_to_the_same_tensors(tmp_path_factory, data, seed, dtype, layout):
-    shards = int(layout[4:]) if layout.startswith("meta") else None
-    config = data.draw(configs(kv_heads=shards, tied=st.just(False) if shards else st.booleans()))
+    shards = shards_of(layout)
+    config = data.draw(configs(kv_heads=shards, old=bool(shards)))
     if shards:
         config = dataclasses.replace(
             config, max_position_embeddings=2048
@@ -62,7 +63,7 @@ def test_every_layout_loads_to_the_same_tensors(tmp_path_factory, data, seed, dt
 def test_metas_weights_give_the_logits_of_metas_interleaved_rotary_formula(
     tmp_path_factory, data, seed, shards
 ):
-    config = data.draw(configs(kv_heads=shards, tied=st.just(False)))
+    config = data.draw(configs(kv_heads=shards, tied=st.just(False), old=True))
     folder = tmp_path_factory.mktemp("meta")
     tensors = {name: p.detach() for name, p in random_model(config, seed).named_parameters()}
     write_meta(folder, tensors, config, shards)
@@ -70,6 +71,24 @@ def test_metas_weights_give_the_logits_of_metas_interleaved_rotary_formula(
     with torch.no_grad():
         logits = load_pretrained(folder, torch.float64)(tokens)[0]
     assert close(logits, reference_logits(tensors, config, tokens[0].tolist(), interleaved=True))
+
+
+@given(data=st.data(), layout=st.sampled_from([layout for layout in LAYOUTS if "meta" in layout]))
+def test_metas_head_that_is_the_embedding_again_is_tied_to_it(tmp_path_factory, data, layout):
+    shards, folder = shards_of(layout), tmp_path_factory.mktemp("tied")
+    model = random_model(data.draw(configs(kv_heads=shards, tied=st.just(True), old=True)))
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    changed = data.draw(st.booleans())
+    if changed:
+        tensors["lm_head.weight"][-1, -1] += 1  # of the last shard
+    write_meta(folder, tensors, model.config, shards, layout.endswith("rows"))
+    loaded = load_pretrained(folder)
+    # split by rows and by columns, two parts cannot be compared: then both are kept
+    comparable = layout in ("meta1", "meta2rows")
+    assert loaded.config.tie_word_embeddings == (comparable and not changed)
+    assert torch.equal(loaded.lm_head.weight, tensors["lm_head.weight"])
+    assert torch.equal(loaded.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
 
 
 @given(configs(), SEEDS, st.sampled_from(DTYPES))

@@ -161,7 +161,7 @@ import torch, train
 from cli import runs
 p = torch.nn.Parameter(torch.ones(1000, 200, device="cuda"))
 p.grad = torch.ones_like(p)
-before, after = (train.adamw([p], lr=0.1, paged=True) for _ in range(2))
+before, after = (runs.adamw([p], lr=0.1, paged=True) for _ in range(2))
 before.step()
 after.load_state_dict(before.state_dict())
 runs.page_again(after)

@@ -1,5 +1,6 @@
 """What llama.py promises: the LLaMA of the papers, its cache, and generation."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -15,6 +16,7 @@ from helpers import (
     exact_model,
     random_model,
     random_tokens,
+    reference_frequencies,
     reference_logits,
 )
 from hypothesis import given, settings
@@ -23,7 +25,17 @@ from torch.nn import functional as F
 
 import formats
 import llama
-from llama import CONFIGS, Cache, Llama, choose, generate, load_pretrained
+from llama import (
+    CONFIGS,
+    Cache,
+    Llama,
+    LlamaConfig,
+    choose,
+    generate,
+    load_pretrained,
+    rotary_table,
+    scale_frequencies,
+)
 
 # ---- the model
 
@@ -81,11 +93,55 @@ def test_parameters_bear_the_names_of_hugging_face_checkpoints_and_nothing_else_
         ("llama2-7b", 6_738_415_616),
         ("llama2-13b", 13_015_864_320),
         ("llama2-70b", 68_976_648_192),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3.2-1b", 1_235_814_400),
+        ("llama3.2-3b", 3_212_749_824),
+        ("tinyllama-1.1b", 1_100_048_384),
+        ("smollm2-135m", 134_515_008),
+        ("smollm2-360m", 361_821_120),
+        ("smollm2-1.7b", 1_711_376_384),
     ],
 )
 def test_the_named_sizes_have_the_published_parameter_counts(name, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in Llama(CONFIGS[name]).parameters()) == count
+
+
+def test_heads_have_the_size_that_the_width_gives_them_or_one_of_their_own():
+    assert LlamaConfig(24, 16, 12, 2, 4, 2).head_dim == 4
+    wide = Llama(LlamaConfig(24, 16, 12, 2, 4, 2, head_dim=6)).model.layers[0].self_attn
+    shapes = [tuple(getattr(wide, f"{name}_proj").weight.shape) for name in "qkvo"]
+    assert shapes == [(24, 16), (12, 16), (12, 16), (16, 24)]
+    with pytest.raises(AssertionError, match="head_dim=5"):
+        LlamaConfig(24, 16, 12, 2, 4, 2, head_dim=5)
+
+
+@given(configs())
+def test_the_rotary_table_is_position_times_scaled_frequency(config):
+    positions = torch.tensor([0, 1, 5, 63, 200])  # beyond the context, and the original one
+    cos, sin = rotary_table(config, positions)
+    angles = np.outer(positions.numpy(), reference_frequencies(config))
+    assert cos.dtype == sin.dtype == torch.float32
+    assert np.abs(cos.numpy() - np.cos(angles)).max() < 1e-4  # float32 angles of up to 200
+    assert np.abs(sin.numpy() - np.sin(angles)).max() < 1e-4
+
+
+@given(configs().filter(lambda config: config.rope_scaling))
+def test_scaled_frequencies_are_those_of_the_formulas_in_float64(config):
+    unscaled = dataclasses.replace(config, rope_scaling=None)
+    frequencies = torch.tensor(reference_frequencies(unscaled))
+    scaled = scale_frequencies(frequencies, config.rope_scaling)
+    assert np.allclose(scaled, reference_frequencies(config), rtol=1e-12, atol=0)
+
+
+def test_llama_3s_scaling_keeps_fast_pairs_divides_slow_ones_and_blends_between():
+    config = CONFIGS["llama3.2-1b"]
+    unscaled = dataclasses.replace(config, rope_scaling=None)
+    ratio = reference_frequencies(unscaled) / reference_frequencies(config)
+    frequencies = torch.tensor(reference_frequencies(unscaled))
+    found = (frequencies / scale_frequencies(frequencies, config.rope_scaling)).numpy()
+    assert np.allclose(found, ratio, rtol=1e-12)
+    assert (found == 1).sum() == 15 and np.isclose(found, 32).sum() == 14 and len(found) == 32
 
 
 @given(configs(), SEEDS, st.lists(st.integers(1, 4), min_size=1, max_size=4))

@@ -162,6 +162,13 @@ def test_a_group_size_that_does_not_fit_names_layer_and_numbers_and_what_would(
     assert not any(isinstance(m, QuantLinear) for m in model.modules())
 
 
+def test_the_inputs_of_o_proj_are_all_heads_together_and_groups_must_divide_them():
+    model = random_llama(head_dim=10)  # 2 heads: 20 inputs, in a model 16 wide
+    with pytest.raises(UserError, match=r"self_attn\.o_proj: .* 8 .* 20 inputs; .*1, 2, 4$"):
+        quantize_model(model, 4, 8)
+    assert quantize_model(model, 4, 4).model.layers[0].self_attn.o_proj.in_features == 20
+
+
 def test_search_is_the_default_of_a_model_and_can_be_left_out(monkeypatch):
     asked = []
 

@@ -213,7 +213,7 @@ def test_every_kind_of_folder_is_sampled_from(tokenizer, tmp_path, monkeypatch, 
 def test_groups_of_32_are_decoded_by_the_int4_kernel_but_loaded_as_they_are(
     tokenizer, tmp_path, monkeypatch, capsys, kind
 ):
-    config = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=64)
+    config = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=64, head_dim=None)
     folder = make_folder(kind, tmp_path / "model", tokenizer, config, 32)
     called, forward = [], Int4Linear.forward
 

@@ -116,6 +116,7 @@ def test_weights_that_are_quantized_tell_their_bits_and_group_size(world, tmp_pa
         dict(intermediate_size=11040),
         dict(num_attention_heads=64),
         dict(num_key_value_heads=8),
+        dict(head_dim=64),
     ],
 )
 def test_every_size_that_contradicts_the_files_is_refused(world, tmp_path, monkeypatch, changed):
