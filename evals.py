@@ -4,9 +4,11 @@
     python evals.py FOLDER --multiple-choice FILE.jsonl   {"question", "choices", "answer"} a line
     python evals.py FOLDER --mmlu DIR --shots 5           the official folder: dev/ and test/
     python evals.py FOLDER --mmlu FILE.jsonl              {"subject", "input", "output"} a line
+    python evals.py FOLDER --instructions FILE.json       as for train.py --data
     python -m pytest tests/test_evals.py
 
-FOLDER is a model folder (float, quantized, merged) or a run of train.py. What is measured, and how:
+FOLDER is a model folder (float, quantized, merged), a run of train.py, or a Q4_1 .gguf file. How it
+is judged:
 
 * Perplexity: the text is one stream after BOS, cut into adjacent windows that overlap by one token,
   so every token is predicted exactly once, from what precedes it in its window. A sliding window
@@ -18,6 +20,8 @@ FOLDER is a model folder (float, quantized, merged) or a run of train.py. What i
   so the files need none; the choice's tokens are those after the question's, as in the harness.
 * MMLU: the official prompt; the answer is the letter that is likeliest after "Answer:". Every
   question counts once in its category and in the average, as in the official script.
+* Instructions: the mean negative log-likelihood of the responses, EOS included, in nats a token;
+  and how often the greedy answer is the response, but for spaces at both ends.
 * Of equal scores the first wins. Beside an accuracy p of n questions stands its standard error,
   sqrt(p (1 - p) / n).
 * A question that does not fit the model's context loses its beginning (BOS stays); it is counted.
@@ -42,8 +46,8 @@ import formats
 from cli.errors import Parser, UserError, run_command
 from cli.machine import check_device, compute_dtype, default_device
 from llama import Cache, Llama, generate
-from text.batches import Example, collate
-from text.instructions import Record, read_text
+from text.batches import Example, collate, encode
+from text.instructions import Record, read_records, read_text
 from text.questions import LETTERS, MMLU_CATEGORIES, check_choices, read_json_lines, read_mmlu
 from text.tokenizer import Tokenizer
 
@@ -417,6 +421,30 @@ def judge_mmlu(
     report_truncated(truncated, len(questions))
 
 
+def judge_instructions(
+    model: Llama, tokenizer: Tokenizer, path: str, records: list[Record], batch_size: int
+) -> None:
+    """Prints the loss on a file's responses, and how many of them the model gives itself."""
+    limit = model.config.max_position_embeddings
+    examples, truncated = encode(records, tokenizer, limit)
+    if len(examples) < len(records):
+        raise UserError(
+            f"{path}: {len(records) - len(examples)} prompts fill the model's context of {limit} "
+            "tokens; shorten or remove them"
+        )
+    loss = response_loss(model, examples, batch_size, f"response loss, {path}")
+    longest = max(len(e.tokens) - e.prompt_length for e in examples)
+    room = limit - max(e.prompt_length for e in examples)
+    matches = exact_match(
+        model, tokenizer, records, min(longest, room), batch_size, f"exact match, {path}"
+    )
+    error = math.sqrt(matches * (1 - matches) / len(records))
+    print(f"{path}: {len(records)} instructions")
+    print(f"  loss a token of the response    {loss:.4f}")
+    print(f"  answers equal to the response   {percent(matches, error)}")
+    report_truncated(truncated, len(records))
+
+
 def percent(accuracy: float, error: float) -> str:
     """An accuracy and its standard error in percent."""
     return f"{100 * accuracy:6.2f} ± {100 * error:.2f} %"
@@ -426,17 +454,20 @@ def read_options() -> argparse.Namespace:
     """The options of the command, checked."""
     parser = Parser(prog="evals.py", description=__doc__)
     add = parser.add_argument
-    add("folder", help="a model folder or a run of train.py")
+    add("folder", help="a model folder, a run of train.py or a Q4_1 .gguf file")
     add("--perplexity", metavar="FILE.txt", help="perplexity of a text file")
     add("--window", type=int, help="tokens in a window of --perplexity (2048, or the context)")
     add("--multiple-choice", metavar="FILE.jsonl", help="lines of question, choices, answer")
     add("--mmlu", metavar="PATH", help="the official folder, or JSONL of subject, input, output")
+    add("--instructions", metavar="FILE", help="instructions with responses, as train.py's --data")
     add("--shots", type=int, default=0, help="worked examples before each MMLU question (0)")
     add("--batch-size", type=int, default=8, help="sequences at a time (8)")
     add("--device", default=default_device())
     args = parser.parse_args()
-    if not (args.perplexity or args.multiple_choice or args.mmlu):
-        parser.error("nothing to judge by; give --perplexity, --multiple-choice or --mmlu")
+    if not (args.perplexity or args.multiple_choice or args.mmlu or args.instructions):
+        parser.error(
+            "nothing to judge by; give --perplexity, --multiple-choice, --mmlu or --instructions"
+        )
     if (args.shots and not args.mmlu) or (args.window is not None and not args.perplexity):
         parser.error("--shots belongs to --mmlu, --window to --perplexity")
     if args.batch_size < 1 or args.shots < 0 or (args.window is not None and args.window < 1):
@@ -452,6 +483,7 @@ def main() -> None:
         raise UserError(f"{args.perplexity} is empty; give a file with text in it")
     items = read_json_lines(args.multiple_choice, check_choices) if args.multiple_choice else None
     questions = read_mmlu(args.mmlu, args.shots) if args.mmlu else None
+    records = read_records(args.instructions)[0] if args.instructions else None
     model, tokenizer = load(args.folder, args.device)
     limit = model.config.max_position_embeddings
     if args.window and args.window > limit:
@@ -466,6 +498,8 @@ def main() -> None:
         judge_multiple_choice(model, tokenizer, args.multiple_choice, items, size)
     if questions:
         judge_mmlu(model, tokenizer, args.mmlu, questions, args.shots, size)
+    if records:
+        judge_instructions(model, tokenizer, args.instructions, records, size)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
     python sample.py FOLDER --instruction "Translate into French." --input "The cat sleeps."
     python -m pytest tests/test_sample.py
 
-FOLDER is a model folder (float, quantized, merged) or a run of train.py. `--prompt` is shown and
-continued as it is; `--instruction` and `--input` go into Alpaca's template, as in fine-tuning, and
-only the response is shown. Greedy, so the same every time, unless --temperature is set. Ends at
-EOS, after --max-new-tokens, or when the context is full.
+FOLDER is a model folder (float, quantized, merged), a run of train.py, or a Q4_1 .gguf file.
+`--prompt` is shown and continued as it is; `--instruction` and `--input` go into Alpaca's template,
+as in fine-tuning, and only the response is shown. Greedy, so the same every time, unless
+--temperature is set. Ends at EOS, after --max-new-tokens, or when the context is full.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def read_options() -> argparse.Namespace:
     """The options of the command, checked."""
     parser = Parser(prog="sample.py", description=__doc__)
     add = parser.add_argument
-    add("folder", help="a model folder or a run of train.py")
+    add("folder", help="a model folder, a run of train.py or a Q4_1 .gguf file")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")
     what.add_argument("--instruction", help="what to do, put into Alpaca's template")
