@@ -52,24 +52,18 @@ def tokenizer_of(metadata: dict[str, Any], path: pathlib.Path) -> Tokenizer:
     special = special_ids(found, pieces, path)
     try:
         if kind == "llama":
-            files = {MODEL: sentencepiece_model(found, pieces, kinds, path)}
+            if UNKNOWN not in kinds:
+                kinds[special["unknown"]] = UNKNOWN
+            scores = numbers(found, "scores", pieces, path)
+            adds_space = bool(found.get("add_space_prefix", True))
+            files = {MODEL: sentencepieces.make_model(pieces, scores, kinds, adds_space)}
         else:
             words = found.get("pre", "default")
             bos = special.get("bos") if found.get("add_bos_token", words == "llama-bpe") else None
             files = {JSON: byte_level_json(found, pieces, kinds, words, bos)}
     except UserError as e:
         raise UserError(f"{path}: {e}; its vocabulary is damaged or of another kind") from None
-    return make_tokenizer(files | rules(found, pieces, kinds, special), path)
-
-
-def sentencepiece_model(
-    found: dict, pieces: list[str], kinds: list[int], path: pathlib.Path
-) -> bytes:
-    """The content of a tokenizer.model."""
-    if UNKNOWN not in kinds:
-        kinds[found.get("unknown_token_id", 0)] = UNKNOWN
-    scores = numbers(found, "scores", pieces, path)
-    return sentencepieces.make_model(pieces, scores, kinds, found.get("add_space_prefix", True))
+    return make_tokenizer(files | rules(found, pieces, special), path)
 
 
 def byte_level_json(
@@ -81,20 +75,20 @@ def byte_level_json(
             f"texts are cut into words as {PREFIX}pre = {words} says, and only "
             f"{', '.join(byte_level.WORDS)} are supported"
         )
-    merges = [tuple(merge.split(" ")) for merge in found.get("merges", [])]
+    merges = [tuple(str(merge).split(" ")) for merge in found.get("merges", [])]
     if not merges or any(len(merge) != 2 for merge in merges):
         raise UserError(f"{PREFIX}merges is missing or not a list of pairs of pieces")
     return byte_level.make_json(pieces, kinds, merges, words, bos)
 
 
-def special_ids(found: dict, pieces: list[str], path: pathlib.Path) -> dict[str, int]:
-    """{"bos", "eos", "eot", "eom": id} of those that a file names; llama's have 1 and 2."""
-    ids = {"bos": 1, "eos": 2} if found["model"] == "llama" else {}
-    for name in ("bos", "eos", "eot", "eom"):
-        ids[name] = found.get(f"{name}_token_id", ids.get(name))
-        if ids[name] is not None and not 0 <= ids[name] < len(pieces):
+def special_ids(found: dict, pieces: list[str], path: pathlib.Path) -> dict[str, int | None]:
+    """{name: id} of the tokens that a file names, None for others; llama's have 0, 1 and 2."""
+    ids = {"unknown": 0, "bos": 1, "eos": 2} if found["model"] == "llama" else {}
+    for name in ("unknown", "bos", "eos", "eot", "eom"):
+        i = ids[name] = found.get(f"{name}_token_id", ids.get(name))
+        if i is not None and not (type(i) is int and 0 <= i < len(pieces)):
             raise UserError(
-                f"{path}: {PREFIX}{name}_token_id = {ids[name]} is none of its {len(pieces)} "
+                f"{path}: {PREFIX}{name}_token_id = {i} is none of its {len(pieces)} "
                 "pieces; fetch it again"
             )
     if ids["eos"] is None:
@@ -102,10 +96,8 @@ def special_ids(found: dict, pieces: list[str], path: pathlib.Path) -> dict[str,
     return ids
 
 
-def rules(
-    found: dict, pieces: list[str], kinds: list[int], special: dict[str, int]
-) -> dict[str, bytes]:
-    """Hugging Face's files of the rules around a text; without those that they imply."""
+def rules(found: dict, pieces: list[str], special: dict[str, int | None]) -> dict[str, bytes]:
+    """Hugging Face's files of the rules around a text."""
     stops = {special[name]: None for name in ("eos", "eot", "eom") if special[name] is not None}
     stops |= {i: None for i, piece in enumerate(pieces) if piece in ENDS}
     config = {"eos_token": pieces[special["eos"]]}
@@ -126,7 +118,8 @@ def numbers(found: dict, name: str, pieces: list[str], path: pathlib.Path) -> li
     values = found.get(name)
     if values is None and name == "token_type":
         values = [NORMAL] * len(pieces)
-    if not isinstance(values, list) or len(values) != len(pieces):
+    are_numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
+    if not are_numbers or len(values) != len(pieces):
         raise UserError(
             f"{path}: {PREFIX}{name} does not have a number for each of its {len(pieces)} pieces; "
             "fetch it again"

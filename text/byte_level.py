@@ -85,7 +85,7 @@ def open_json(content: bytes, where: str | pathlib.Path) -> Vocabulary:
 
     plain, framed = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     bos = framed.ids[0] if framed.ids[:1] != plain.ids[:1] else None
-    adds_space = plain.tokens[0][0] in "▁Ġ"
+    adds_space = plain.tokens[:1] != [] and plain.tokens[0][0] in "▁Ġ"
     return Vocabulary(pieces, kinds, bos, None, adds_space, encode_all, tokenizer.decode)
 
 
