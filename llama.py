@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 class LlamaConfig:
     """A model's dimensions, named as in a Hugging Face LLaMA `config.json`.
 
-    head_dim: None becomes hidden_size / num_attention_heads; an explicit one need not be that.
+    head_dim: None becomes hidden_size / num_attention_heads, once; dataclasses.replace keeps it.
     rope_scaling: what `scale_frequencies` takes. eos_token_id: LLaMA-3's chat models have several.
     """
 

@@ -89,7 +89,8 @@ SIZES = (
 )
 MISSING_WEIGHTS = """\
 Get LLaMA weights from Meta (llama.com) or, once you have accepted its licence, from
-huggingface.co/meta-llama. Put config.json, tokenizer.model and the .safetensors files (or Meta's
+huggingface.co/meta-llama; SmolLM2's are at huggingface.co/HuggingFaceTB, TinyLlama's at
+huggingface.co/TinyLlama. Put config.json, tokenizer.model and the .safetensors files (or Meta's
 own files) into one folder, then type:
     python train.py --model {model} --weights FOLDER --data alpaca.json --out runs/{model}"""
 

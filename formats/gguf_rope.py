@@ -50,8 +50,8 @@ def llama3_scaling(path: pathlib.Path, tensor: Any, config: LlamaConfig) -> dict
     found = torch.from_numpy(tensor.data.copy())
     scaling = {**LLAMA3_SCALING, "factor": found.max().item()}
     # float32 frequencies move an entry by some 1e-7 times the factor
-    known = found.isfinite().all() and scaling["factor"] >= 1
-    if not known or not divisors(config, scaling).allclose(found, rtol=1e-4, atol=0):
+    known = divisors(config, scaling).allclose(found, rtol=1e-4, atol=0)
+    if not (known and found.isfinite().all()):
         raise UserError(
             f"{path}: {ROPE_FREQS} is not supported; only the numbers of LLaMA-3.1's rope scaling "
             "are, for an original context of 8192"

@@ -164,7 +164,8 @@ def rope_freqs(config, **changes):
     """The tensor of that name, float32 [K/2]; `changes` are of the rope scaling."""
     scaled = dataclasses.replace(config, rope_scaling=config.rope_scaling | changes)
     unscaled = dataclasses.replace(config, rope_scaling=None)
-    divisors = reference_frequencies(unscaled) / reference_frequencies(scaled)
+    with np.errstate(divide="ignore"):
+        divisors = reference_frequencies(unscaled) / reference_frequencies(scaled)
     return divisors.astype(np.float32)
 
 

@@ -1,6 +1,7 @@
 """A config is read in all its forms, or refused by the name of what is not computed."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -315,6 +316,81 @@ def test_a_factor_that_would_shorten_the_context_and_two_scalings_are_refused(tm
     write_hf(tmp_path, {"a": torch.ones(1)}, SMALL, rope_scaling=LINEAR, rope_parameters=LLAMA3)
     with pytest.raises(UserError, match="rope_scaling and rope_parameters contradict each other"):
         read_config(tmp_path)
+
+
+PUBLISHED = {  # config.json as it is published, without what every one of these has
+    "llama3.2-1b": {
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 128256,
+    },
+    "smollm2-360m": {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "head_dim": 64,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "is_llama_config": True,
+        "max_position_embeddings": 8192,
+        "num_attention_heads": 15,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 5,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "vocab_size": 49152,
+    },
+    "tinyllama-1.1b": {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 22,
+        "num_key_value_heads": 4,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+}
+IN_ALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_the_named_sizes(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(IN_ALL | PUBLISHED[name]))
+    assert read_config(tmp_path) == llama.CONFIGS[name]
 
 
 # ---- Meta's

@@ -129,6 +129,8 @@ def test_llama3_scaling_is_found_again_in_its_divisors(factor, size, theta):
         (lambda d: np.where(d == 1, 1.001, d), "only the numbers"),
         (lambda d: np.where(d == 1, np.nan, d), "only the numbers"),
         (lambda d: np.where(d == 1, d, np.inf), "only the numbers"),
+        (lambda d: rope_freqs(LLAMA3, factor=1e999), "only the numbers"),  # some are infinite
+        (lambda d: d / 2, "only the numbers"),
         (lambda d: d * 0, "only the numbers"),
         (lambda d: d[:8], r"F32 of shape \[8\], not F32 of \[12\]"),
         (lambda d: d.astype(np.float16), r"F16 of shape \[12\], not F32"),
@@ -215,6 +217,12 @@ def test_fine_tuning_a_gguf_file_changes_its_offsets_and_nothing_else(
     assert relative_error(before.logits(TOKENS), our_logits(finished, TOKENS)) > 5e-2
 
 
+def heads_of(size):
+    keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    sizes = {f"llama.{key}": (size, gguf.GGUFValueType.UINT32) for key in keys}
+    return lambda metadata, tensors: metadata.update(sizes)
+
+
 def drop(name):
     return lambda metadata, tensors: metadata.pop(name) if name in metadata else tensors.pop(name)
 
@@ -264,13 +272,11 @@ def not_a_number(metadata, tensors):
             put("llama.feed_forward_length", 172),
             "widths of 64, 172 and 64 are not all multiples of 32",
         ),
+        (heads_of(12), "widths of 64, 96 and 48 are not all multiples of 32"),
         (put("tokenizer.ggml.model", "bert", STRING), "its tokenizer is of the kind bert"),
         (put("tokenizer.ggml.tokens", ["a", "b"], gguf.GGUFValueType.ARRAY), "has the shape"),
         (rename(270, "x"), "piece 270 of its vocabulary is 'x'"),
-        (
-            rename(270, "<unk>"),
-            "has no sentencepiece model, or a damaged one",
-        ),  # which is there already
+        (rename(270, "<unk>"), "has no sentencepiece model, or a damaged one"),  # a second one
         (drop("tokenizer.ggml.scores"), "scores does not have a number for each of its 300"),
         (put("tokenizer.ggml.bos_token_id", 300), "bos_token_id = 300 is none of its 300 pieces"),
         (put("tokenizer.ggml.eos_token_id", 7), r"BOS and EOS are \(1,\) and 7"),
