@@ -254,7 +254,8 @@ def encode_choices(
     """(the question's tokens, those of each choice), as lm-evaluation-harness cuts them.
 
     A choice's tokens are those that "question choice" has more than the question alone; spaces at a
-    question's end belong to the choices.
+    question's end belong to the choices. An empty question is BOS, or EOS where texts have no BOS;
+    the harness takes BOS even there, if the tokenizer names one.
     """
     stem = question.rstrip()
     gap = f"{question[len(stem) :]} "

@@ -11,19 +11,22 @@ import sys
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from helpers import peaked_llama, run_in_process, save_tokenizer
 from helpers_text import write_mmlu
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 import evals
 from cli.errors import UserError
 from formats.huggingface import save_pretrained
 from llama import LlamaConfig, generate
+from text import byte_level
 from text.batches import Example
 from text.instructions import Record
 from text.questions import read_mmlu
-from text.tokenizer import load_tokenizer, train_tokenizer
+from text.tokenizer import load_tokenizer, make_tokenizer, train_tokenizer
+from text.vocabulary import CONTROL, NORMAL
 
 ROOT = pathlib.Path(evals.__file__).parent
 TAUGHT = [
@@ -212,6 +215,72 @@ def test_multiple_choice_takes_the_likeliest_choice(tokenizer):
     found = evals.multiple_choice(model, tokenizer, items, 9)
     counts = found["accuracy"] * 12, found["normalized"] * 12
     assert counts == pytest.approx((right, right_per_character))
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "byte-level"])
+def kind(request, tokenizer):
+    """(a tokenizer, a text's tokens by the package itself, after BOS if there is one)."""
+    if request.param == "byte-level":
+        package = pytest.importorskip("tokenizers", reason="needs tokenizers")
+        small = byte_level_tokenizer(["he", " is", "wrap", "?\n", "\n\n"])
+        itself = package.Tokenizer.from_str(small.files["tokenizer.json"].decode())
+        return small, lambda text: itself.encode(text).ids
+    proto = tokenizer.files["tokenizer.model"]
+    itself = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    return tokenizer, lambda text: itself.encode(text, add_bos=True)
+
+
+def byte_level_tokenizer(words):
+    """Without BOS; its pieces are the bytes and the beginnings of words."""
+    characters = byte_level.byte_characters()
+    pieces, merges = list(characters), []
+    for word in words:
+        written = "".join(characters[byte] for byte in word.encode())
+        for i in range(1, len(written)):
+            merges.append((written[:i], written[i]))
+            pieces.append(written[: i + 1])
+    kinds = [NORMAL] * len(pieces) + [CONTROL]
+    content = byte_level.make_json([*pieces, "<end>"], kinds, merges, "llama-bpe", None)
+    rules = json.dumps({"eos_token": "<end>"}).encode()
+    files = {"tokenizer.json": content, "tokenizer_config.json": rules}
+    return make_tokenizer(files, "tokenizer.json")
+
+
+def harness_pair(encode, context, continuation):
+    """(context, continuation) in tokens by lm-evaluation-harness's rule, `_encode_pair`."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    before = encode(context)
+    return before, encode(context + continuation)[len(before) :]
+
+
+PARTS = ["he is", "wrap", "a", "?", "naïve 東京", " ", "\n", "\t", "\u00a0"]
+TEXTS = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
+
+
+@given(TEXTS, st.lists(TEXTS.filter(str.strip), min_size=1, max_size=3))
+@example("What is it?", ["he is", " wrap"])
+@example("What is it?\n", ["he is"])  # byte-level: "?" and the line break become one token
+@example("", ["he is"])
+def test_a_choice_has_the_tokens_that_lm_evaluation_harness_scores(kind, question, choices):
+    tokenizer, encode = kind
+    context, found = evals.encode_choices(tokenizer, question, choices)
+    for choice, tokens in zip(choices, found, strict=True):
+        before, own = harness_pair(encode, question, f" {choice}")
+        assert context == (before or [tokenizer.eos])
+        assert tokens == own
+        whole = encode(f"{question} {choice}")
+        if whole[: len(before)] == before:  # nothing merged where they meet
+            assert before + tokens == whole
+
+
+def test_a_choice_begins_with_the_space_before_it(kind):
+    tokenizer, _ = kind
+    _, found = evals.encode_choices(tokenizer, "What is it?", ["he is", "wrap"])
+    pieces = tokenizer.vocabulary.pieces
+    texts = ["".join(pieces[token] for token in tokens) for tokens in found]
+    assert [re.sub("[▁Ġ]", " ", text) for text in texts] == [" he is", " wrap"]
 
 
 def test_mmlus_letters_are_the_tokens_that_follow_the_real_prompts(material, monkeypatch):
