@@ -1,6 +1,6 @@
 """Do real clients agree with us on an exported file? llama.cpp and transformers are compared.
 
-    pip install gguf transformers llama-cpp-python      (compiles llama.cpp: 10 minutes on 2 cores)
+    pip install gguf transformers accelerate llama-cpp-python     (compiles for 10 minutes, 2 cores)
     python train.py                                     (makes runs/tiny)
     python tests/check_llamacpp.py runs/tiny | tee results/llamacpp.txt
 
