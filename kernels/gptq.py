@@ -35,7 +35,7 @@ def best_trial(
         exact = torch.addcmul(shift[some], x_gO.unsqueeze(1), stretch[some])  # [g, ., O]
         codes = exact.round().clamp_(0, 2**bits - 1)
         torch.ops.aten.mse_loss.out(codes, exact, 0, out=codes)  # (codes - exact)^2 in one pass
-        errors.append((importance_g @ codes.flatten(1)).view_as(step[some]))
+        errors.append(torch.mv(codes.flatten(1).t(), importance_g).view_as(step[some]))
     errors = torch.cat((least.unsqueeze(0), torch.cat(errors).mul_(step.square())))  # [T + 1, O]
     least = errors.amin(dim=0)
     # As errors.argmin(dim=0), which takes five times as long on a CPU; where all are NaN, the last

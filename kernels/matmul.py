@@ -61,13 +61,14 @@ def input_gradient(
 
     Pieces are columns of w here: adding up what pieces of rows give would round a sum again and
     again. The bytes at one place of each plane are a packing too, of the codes at that place in
-    each plane. Where a group lies in two planes, w is dequantized as a whole.
+    each plane. Where w is small or a group lies in two planes, w is dequantized as a whole.
     """
     planes, group_size = plane_count(bits), in_features // scale.shape[1]
     triton = triton_for(gy_NO)
     if triton:
         return gy_NO @ triton.dense(packed, scale, offset, bits, in_features, gy_NO.dtype)
-    if not whole_groups(in_features, group_size, bits):
+    fits = gy_NO.itemsize * len(packed) * in_features <= DENSE_AT_A_TIME
+    if fits or not whole_groups(in_features, group_size, bits):
         weight = packed, scale, offset
         return gy_NO @ dense_piece(*weight, bits, in_features, gy_NO.dtype, dense)
     packed = packed.unflatten(1, (bits * planes // 8, -1))  # [O, ., bytes of a plane]
