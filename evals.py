@@ -45,6 +45,7 @@ from tqdm import tqdm
 import formats
 from cli.errors import Parser, UserError, run_command
 from cli.machine import check_device, compute_dtype, default_device
+from kernels.int4 import prepare_inference
 from llama import Cache, Llama, generate
 from text.batches import Example, collate, encode
 from text.instructions import Record, read_records, read_text
@@ -425,7 +426,10 @@ def judge_mmlu(
 def judge_instructions(
     model: Llama, tokenizer: Tokenizer, path: str, records: list[Record], batch_size: int
 ) -> None:
-    """Prints the loss on a file's responses, and how many of them the model gives itself."""
+    """Prints the loss on a file's responses, and how many of them the model gives itself.
+
+    It comes last: for the answers, `model` is repacked as sample.py does it.
+    """
     limit = model.config.max_position_embeddings
     examples, truncated = encode(records, tokenizer, limit)
     if len(examples) < len(records):
@@ -434,6 +438,7 @@ def judge_instructions(
             "tokens; shorten or remove them"
         )
     loss = response_loss(model, examples, batch_size, f"response loss, {path}")
+    prepare_inference(model)
     longest = max(len(e.tokens) - e.prompt_length for e in examples)
     room = limit - max(e.prompt_length for e in examples)
     matches = exact_match(

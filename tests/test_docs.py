@@ -2,7 +2,8 @@
 
 A fenced block that begins with ```sh is run line by line, except what .ci/run types itself. One
 marked `needs-weights` is run with small random weights in the place of a 7B's (see `small`); lines
-that start another program are not. One marked `slow` is only parsed. ```python blocks are run.
+that start another program are not. One marked `needs-smollm2` is run by test_real_model.py, one
+marked `slow` only parsed. ```python blocks are run.
 """
 
 import json
@@ -14,6 +15,7 @@ import shutil
 
 import pytest
 import torch
+from helpers_docs import BLOCK, blocks, commands, run_here
 from helpers_runs import ROOT
 
 import compare
@@ -25,7 +27,6 @@ from llama import CONFIGS, Llama
 from qalora import adapter_parameters, add_adapters
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w+) ?([\w-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TYPED_BY_CI = (
     "python train.py",
     "python -m pytest",
@@ -34,33 +35,6 @@ TYPED_BY_CI = (
 OTHER_PROGRAMS = ("llama-cli",)
 LITTLE = ["--steps", "2", "--rank", "2", "--max-length", "96", "--quantizer", "rtn"]
 LITTLE += ["--batch-size", "4", "--micro-batch-size", "2", "--device", "cpu"]
-
-
-def blocks(page, language, mark):
-    """The texts of a page's fenced blocks of one language with one mark."""
-    found = BLOCK.findall(page.read_text())
-    return [text for name, note, text in found if (name, note) == (language, mark)]
-
-
-def commands(page, mark):
-    """The words of every command in a page's shell blocks, without comments and `pip install`."""
-    found = []
-    for text in blocks(page, "sh", mark):
-        for line in text.splitlines():
-            command = line.partition("#")[0].rpartition("&&")[2].strip()
-            if command:
-                found.append(shlex.split(command))
-    return found
-
-
-def run_here(words, monkeypatch):
-    """Runs `python SCRIPT OPTIONS` in this process."""
-    assert words[0] == "python", words
-    monkeypatch.setattr("sys.argv", words[1:])
-    try:
-        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
-    except SystemExit as e:
-        assert not e.code, words
 
 
 def small(words):
@@ -126,7 +100,7 @@ def test_every_shell_block_is_run_or_marked_and_what_ci_types_is_in_the_readme()
         assert 2 * len(found) == page.read_text().count("```"), f"{page}: a fence names no language"
         for language, mark, _ in found:
             assert language in ("sh", "python", "text"), (page, language)
-            assert mark in ("", "needs-weights", "slow"), (page, mark)
+            assert mark in ("", "needs-weights", "needs-smollm2", "slow"), (page, mark)
     typed = (ROOT / ".ci" / "run").read_text()
     for line in blocks(PAGES[0], "sh", "")[0].splitlines():
         assert line.partition("#")[0].strip() in typed, line

