@@ -36,7 +36,7 @@ def logits_digest(model: nn.Module, examples: list[Example], batch_size: int) ->
     for i in range(0, len(examples), batch_size):
         tokens_BT, _ = collate(examples[i : i + batch_size])
         logits = model(tokens_BT.to(device))
-        sha.update(logits.cpu().view(torch.uint8).numpy().tobytes())
+        sha.update(logits.cpu().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()
 
 

@@ -23,7 +23,7 @@ from formats.huggingface import save_pretrained
 from llama import LlamaConfig, generate
 from text import byte_level
 from text.batches import Example
-from text.instructions import Record
+from text.instructions import Record, alpaca_prompt
 from text.questions import read_mmlu
 from text.tokenizer import load_tokenizer, make_tokenizer, train_tokenizer
 from text.vocabulary import CONTROL, NORMAL
@@ -412,27 +412,29 @@ def test_the_command_prints_every_kind_of_score(folder, tmp_path):
 
 
 def test_instructions_are_judged_by_loss_and_equal_answers(
-    folder, tokenizer, tmp_path, monkeypatch, capsys
+    tokenizer, tmp_path, monkeypatch, capsys
 ):
-    file, model = tmp_path / "records.jsonl", evals.load(folder, "cpu")[0]
-    prompts = ["he is", "a pair"]
-    answers = ["wrapping", "skis"]
-    pairs = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
-    file.write_text("\n".join(map(json.dumps, pairs)))
-    total, count = 0.0, 0
-    for prompt, answer in zip(prompts, answers, strict=True):
+    save_pretrained(random_llama(vocab=330, context=512), tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    file, total, count = tmp_path / "records.jsonl", 0.0, 0
+    model = evals.load(tmp_path, "cpu")[0]
+    lines = []
+    for asked, answer in (("he is", "wrapping"), ("a pair", "skis")):
+        lines.append(json.dumps({"instruction": asked, "output": answer}))
         response = [*tokenizer.encode(answer), 2]
-        total += log_likelihood(model, tokenizer.encode_prompt(prompt), response)
+        context = tokenizer.encode_prompt(alpaca_prompt(asked))
+        total += log_likelihood(model, context, response)
         count += len(response)
-    words = [folder, "--instructions", file]
-    status, out, _ = run_in_process(monkeypatch, capsys, evals.main, *words)
-    assert status == 0 and "records.jsonl: 2 instructions" in out
-    loss = float(re.search(r"loss a token of the response +(\d+\.\d+)", out).group(1))
-    assert loss == pytest.approx(-total / count, rel=2e-2)  # computed in 16 bits where it can be
+    file.write_text("\n".join(lines))
+    words = [tmp_path, "--instructions", file]
+    status, out, error = run_in_process(monkeypatch, capsys, evals.main, *words)
+    assert status == 0 and "records.jsonl: 2 instructions" in out, error
+    loss = re.search(r"loss a token of the response +(\d+\.\d+)", out).group(1)
+    assert float(loss) == pytest.approx(-total / count, rel=1e-4)  # printed with four digits
     assert "answers equal to the response     0.00 ± 0.00 %" in out
-    file.write_text(json.dumps({"prompt": "he is using wrap " * 20, "completion": "x"}))
+    file.write_text(json.dumps({"instruction": "he is using wrap " * 90, "output": "x"}))
     status, _, error = run_in_process(monkeypatch, capsys, evals.main, *words)
-    assert status == 2 and "1 prompts fill the model's context of 64 tokens" in error
+    assert status == 2 and "1 prompts fill the model's context of 512 tokens" in error
 
 
 @pytest.mark.parametrize(
