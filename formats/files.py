@@ -173,6 +173,7 @@ def checked_scaling(path: pathlib.Path, name: str, scaling: dict) -> dict | None
     name: what the file calls `scaling`, for the message. Raises UserError for a type that
     `llama.scale_frequencies` does not compute, and for a field that is missing, invalid or unknown.
     """
+    scaling = {field: value for field, value in scaling.items() if value is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in list(SCALINGS):
         raise UserError(

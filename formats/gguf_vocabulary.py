@@ -46,6 +46,8 @@ def tokenizer_of(metadata: dict[str, Any], path: pathlib.Path) -> Tokenizer:
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         raise UserError(f"{path}: its vocabulary has no pieces; fetch it again")
     kinds = numbers(found, "token_type", pieces, path)
+    if not all(kind in range(1, 7) for kind in kinds):
+        raise UserError(f"{path}: {PREFIX}token_type has other numbers than 1 to 6; fetch it again")
     for i, piece in enumerate(pieces):
         if piece in ENDS:
             kinds[i] = CONTROL
@@ -54,31 +56,30 @@ def tokenizer_of(metadata: dict[str, Any], path: pathlib.Path) -> Tokenizer:
         if kind == "llama":
             if UNKNOWN not in kinds:
                 kinds[special["unknown"]] = UNKNOWN
-            scores = numbers(found, "scores", pieces, path)
+            scores = [float(score) for score in numbers(found, "scores", pieces, path)]
             adds_space = bool(found.get("add_space_prefix", True))
             files = {MODEL: sentencepieces.make_model(pieces, scores, kinds, adds_space)}
         else:
-            words = found.get("pre", "default")
-            bos = special.get("bos") if found.get("add_bos_token", words == "llama-bpe") else None
-            files = {JSON: byte_level_json(found, pieces, kinds, words, bos)}
+            files = {JSON: byte_level_json(found, pieces, kinds)}
     except UserError as e:
         raise UserError(f"{path}: {e}; its vocabulary is damaged or of another kind") from None
     return make_tokenizer(files | rules(found, pieces, special), path)
 
 
-def byte_level_json(
-    found: dict, pieces: list[str], kinds: list[int], words: str, bos: int | None
-) -> bytes:
+def byte_level_json(found: dict, pieces: list[str], kinds: list[int]) -> bytes:
     """The content of a tokenizer.json."""
-    if words not in byte_level.WORDS:
+    words = found.get("pre", "default")
+    if not isinstance(words, str) or words not in byte_level.WORDS:
         raise UserError(
             f"texts are cut into words as {PREFIX}pre = {words} says, and only "
             f"{', '.join(byte_level.WORDS)} are supported"
         )
-    merges = [tuple(str(merge).split(" ")) for merge in found.get("merges", [])]
+    merges = found.get("merges")
+    merges = merges if isinstance(merges, list) else []
+    merges = [tuple(str(merge).split(" ")) for merge in merges]
     if not merges or any(len(merge) != 2 for merge in merges):
         raise UserError(f"{PREFIX}merges is missing or not a list of pairs of pieces")
-    return byte_level.make_json(pieces, kinds, merges, words, bos)
+    return byte_level.make_json(pieces, kinds, merges, words, None)
 
 
 def special_ids(found: dict, pieces: list[str], path: pathlib.Path) -> dict[str, int | None]:
@@ -103,8 +104,8 @@ def rules(found: dict, pieces: list[str], special: dict[str, int | None]) -> dic
     config = {"eos_token": pieces[special["eos"]]}
     if special["bos"] is not None:
         config["bos_token"] = pieces[special["bos"]]
-    if "add_bos_token" in found:
-        config["add_bos_token"] = found["add_bos_token"]
+    adds_bos = found["model"] == "llama" or found.get("pre") == "llama-bpe"  # by default
+    config["add_bos_token"] = bool(found.get("add_bos_token", adds_bos))
     if "tokenizer.chat_template" in found:
         config["chat_template"] = found["tokenizer.chat_template"]
     return {
@@ -156,6 +157,9 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     writer.add_add_bos_token(bool(tokenizer.bos))
     writer.add_add_eos_token(False)
     writer.add_eos_token_id(tokenizer.eos)
+    others = [i for i in tokenizer.stops if i != tokenizer.eos and pieces[i] not in ENDS]
+    for add, i in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+        add(i)
     if tokenizer.bos:
         writer.add_bos_token_id(*tokenizer.bos)
     if UNKNOWN in kinds:

@@ -75,9 +75,9 @@ def read_config(path: pathlib.Path) -> LlamaConfig:
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = rows[0] if split == 1 else sum(rows)
     if values["vocab_size"] == 128256:
-        values |= LLAMA3_TOKENS
+        values = {"max_position_embeddings": 8192, **values, **LLAMA3_TOKENS}
     values["intermediate_size"] = sum(sizes(shards, "layers.0.feed_forward.w1.weight", 0))
-    values["tie_word_embeddings"] = is_tied(shards)
+    values["tie_word_embeddings"] = is_tied(shards, values["vocab_size"])
     config = checked_config(file, values)
     width = sum(widths) if split == 1 else widths[0]
     if width != config.hidden_size:  # now, before the feed-forward width of too few shards counts
@@ -129,11 +129,14 @@ def embedding_split(shards: list, width: int) -> int:
     return 0 if whole_rows and len(shards) > 1 else 1
 
 
-def is_tied(shards: list) -> bool:
-    """Whether the output head is the embedding: left out, or stored again as LLaMA-3.2's is."""
+def is_tied(shards: list, vocab_size: int) -> bool:
+    """Whether the output head is the embedding: left out, or stored again as LLaMA-3.2's is.
+
+    LLaMA-1 and 2, of 32,000 pieces, have a head of their own; one that lacks it is incomplete.
+    """
     heads = [tensors.get("output.weight") for _, tensors in shards]
     if not any(heads):
-        return True
+        return vocab_size != 32000
     tables = pieces_of(shards, "tok_embeddings.weight")
     for head, table in zip(heads, tables, strict=True):
         if head is None or head.shape != table.shape:

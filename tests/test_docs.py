@@ -192,6 +192,18 @@ def test_the_comparisons_table_is_that_of_its_results():
         assert trainable == f"{measured['trainable'][0]:,.0f}", name
 
 
+def test_the_laptops_table_is_what_evals_py_printed():
+    measured = json.loads((ROOT / "results" / "smollm2.json").read_text())["models"]
+    rows = rows_under(ROOT / "docs" / "laptop.md", "| | loss a token")
+    assert [row[0] for row in rows] == list(measured)
+    for name, *shown in rows:
+        row = measured[name]
+        expected = [f"{row['response_loss']:.2f}", f"{row['equal_answers']:.0f}"]
+        for metric in ("hellaswag", "hellaswag_normalised", "mmlu"):
+            expected.append("{:.1f} ± {:.1f}".format(*row[metric]))
+        assert shown == [*expected, f"{row['wikitext2']:.1f}"], name
+
+
 ABLATIONS = {
     "the table": "",
     "the same, attention only": ", attention only",

@@ -1,5 +1,6 @@
 """evals.py: the oracle for every score asks the model for one token at a time, in float64."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -375,6 +376,15 @@ def test_a_folder_in_float16_is_loaded_in_a_dtype_that_the_device_computes_in(fo
     model, loaded = evals.load(folder, "cpu")
     assert model.lm_head.weight.dtype in (torch.float32, torch.bfloat16)
     assert loaded.largest_id() == 329
+
+
+def test_an_answer_ends_at_any_of_the_tokenizers_stops(tokenizer):
+    model, prompt = random_llama(vocab=330), "he is"
+    said = continuation(model, tokenizer.encode_prompt(prompt), 6)
+    several = dataclasses.replace(tokenizer, stops=(2, said[3]))
+    expected = said[: min(said.index(t) for t in (2, said[3]) if t in said) + 1]
+    (answer,) = evals.answers(model, several, [prompt], 6)
+    assert answer == tokenizer.decode(expected)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, tmp_path):

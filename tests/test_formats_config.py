@@ -279,7 +279,7 @@ def test_rope_scaling_is_read_where_old_and_new_configs_keep_it(tmp_path, fields
         ({"type": "yarn", "factor": 2.0}, 'of type "yarn" is not supported'),
         ({"rope_type": "longrope", "long_factor": [1.0]}, 'of type "longrope" is not supported'),
         ({"rope_type": ["linear"], "factor": 2.0}, r'of type \["linear"\] is not supported'),
-        ({"rope_type": None, "factor": 2.0}, "of type null is not supported"),
+        ({"rope_type": None, "factor": 2.0}, "factor = 2.0 is not supported with type default"),
         (LINEAR | {"type": "default"}, "has two types"),
         (LLAMA3 | {"low_freq_factor": 4}, "high_freq_factor = 4.0 is not above"),
         (LLAMA3 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -413,6 +413,13 @@ def test_metas_scaled_rope_of_a_known_size_has_that_ones_factor(tmp_path, monkey
     model = random_model(dataclasses.replace(SMALL, tie_word_embeddings=tied))
     write_checkpoint(tmp_path, model, "meta1", use_scaled_rope=True)
     assert read_config(tmp_path).rope_scaling["factor"] == (32 if tied else 8)
+
+
+def test_a_llama_1_or_2_without_its_head_is_incomplete_not_tied(tmp_path):
+    config = dataclasses.replace(SMALL, vocab_size=32000, tie_word_embeddings=True)
+    write_checkpoint(tmp_path, random_model(config), "meta1")
+    with pytest.raises(UserError, match="output.weight is missing"):
+        open_weights(tmp_path)
 
 
 def test_metas_llama_3_has_its_own_tokens(tmp_path):

@@ -108,6 +108,9 @@ def test_the_rules_around_a_text_are_the_files(byte_level_file, changed, bos, st
         (dict(token_type=(["x"] * 608, V.ARRAY)), "token_type does not have a number for each"),
         (dict(bos_token_id=("x", V.STRING)), 'bos_token_id = "x" is not a sensible'),
         (dict(merges=([1, 2], V.ARRAY)), "merges is missing or not a list of pairs"),
+        (dict(merges=(5, V.UINT32)), "merges is missing or not a list of pairs"),
+        (dict(pre=(["x"], V.ARRAY)), "only smollm, llama-bpe, gpt-2, default are supported"),
+        (dict(token_type=([7] * 608, V.ARRAY)), "token_type has other numbers than 1 to 6"),
         (dict(tokens=(["a"] * 608, V.ARRAY)), "a piece is there twice"),
         (dict(tokens=None), "vocab_size is missing"),
     ],
@@ -119,6 +122,21 @@ def test_a_vocabulary_that_is_damaged_or_of_another_kind_is_refused_in_one_line(
     with pytest.raises(UserError, match=said) as e:
         formats.load_tokenizer(path)
     assert "\n" not in str(e.value) and str(path) in str(e.value)
+
+
+def test_llamas_kind_has_bos_before_a_text_whatever_it_is_called(tmp_path, tokenizer_file):
+    def change(metadata, tensors):
+        metadata["tokenizer.ggml.tokens"][0][1] = "<|begin|>"
+
+    quantize_file(tmp_path / "in.gguf", CONFIG, load_tokenizer(tokenizer_file), change=change)
+    assert formats.load_tokenizer(tmp_path / "in.gguf").bos == (1,)
+
+
+def test_ends_that_llama_cpp_does_not_know_by_name_are_in_the_file(folder_of, tmp_path):
+    folder = folder_of()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5, 7]}')
+    export.export(folder, tmp_path / "m.gguf")
+    assert set(formats.load_tokenizer(tmp_path / "m.gguf").stops) == {2, 5, 7}
 
 
 def test_without_kinds_all_pieces_but_known_ends_are_ordinary(byte_level_file, learned):

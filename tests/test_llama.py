@@ -256,6 +256,21 @@ def test_greedy_generation_is_the_argmax_of_full_passes_and_stops_at_eos(
     assert [c.tolist() for c in columns] == stopped[:, length:].T.tolist()
 
 
+@settings(max_examples=25)
+@given(configs(), SEEDS, st.integers(1, 5))
+def test_a_row_ends_at_any_of_several_tokens_and_repeats_it(config, seed, count):
+    model, tokens = exact_model(config, seed), random_tokens(config, 3, 2, seed)
+    free = generate(model, tokens, count).tolist()
+    stops = {free[0][2], free[1][-1]}  # a first and a last token that do come
+    expected, longest = [], 0
+    for row in free:
+        end = next((i for i in range(2, len(row)) if row[i] in stops), None)
+        expected.append(row if end is None else row[: end + 1] + row[end : end + 1] * len(row))
+        longest = max(longest, len(row) if end is None else end + 1)
+    stopped = generate(model, tokens, count, eos_token_ids=sorted(stops))
+    assert stopped.tolist() == [row[:longest] for row in expected]
+
+
 @given(SEEDS, st.floats(0.3, 3), st.floats(0.05, 1))
 def test_sampling_draws_from_the_smallest_set_of_likeliest_tokens_that_reaches_top_p(
     seed, temperature, top_p

@@ -11,7 +11,7 @@ import pathlib
 
 import pytest
 import torch
-from helpers_docs import commands, run_here
+from helpers_docs import blocks, commands, run_here
 from helpers_gguf import FromFile, assert_only_offsets_differ
 from helpers_runs import ROOT
 
@@ -69,6 +69,8 @@ def chapter(smollm2, tmp_path_factory):
         for words in commands(ROOT / "docs" / "laptop.md", "needs-smollm2"):
             if words[0] == "python" and words[1].endswith(".py"):
                 run_here(words + (LITTLE if words[1] == "train.py" else []), patch)
+        for text in blocks(ROOT / "docs" / "laptop.md", "python", "needs-smollm2"):
+            exec(text, {})
     return place, printed.getvalue()
 
 
@@ -91,6 +93,13 @@ def test_it_has_learned_and_the_file_reads_back_as_what_was_merged(smollm2, chap
     assert abs(in_file - after) < 0.002 * after
     assert 0 < (read_back - merged).norm() < 0.005 * merged.norm()
     assert "test.json: 1 instructions" in printed
+
+
+def test_its_weights_as_floats_say_the_same(smollm2, chapter):
+    place, _ = chapter
+    quantized, floats = loss_and_logits(smollm2), loss_and_logits(place / "weights/smollm2-float")
+    assert floats[0] == pytest.approx(quantized[0], rel=1e-4)  # sums in another order, float32
+    torch.testing.assert_close(floats[1], quantized[1], rtol=1e-3, atol=1e-3)
 
 
 def loss_and_logits(path):

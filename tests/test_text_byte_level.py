@@ -216,7 +216,10 @@ def test_training_learns_the_tokenizers_eos_and_generation_stops_at_all(
     [
         ({}, "has no EOS"),
         (dict(tokenizer_config={"eos_token": "</s>"}), "has no '</s>'"),
-        (dict(tokenizer_config=END, generation_config={"eos_token_id": "x"}), "is no token's"),
+        (dict(tokenizer_config={"eos_token": 7}), "eos_token = 7 is not sensible"),
+        (dict(tokenizer_config=END, generation_config={"eos_token_id": "x"}), "is not sensible"),
+        (dict(tokenizer_config=END, generation_config={"eos_token_id": 10**20}), "is not sensible"),
+        (dict(tokenizer_config=END | {"add_bos_token": "false"}), "add_bos_token = .false. is not"),
         (dict(tokenizer_config=[]), "tokenizer_config.json: expected a JSON object"),
     ],
 )
@@ -224,6 +227,30 @@ def test_rules_that_do_not_fit_are_refused_in_one_line(tokenizer, beside, said):
     with pytest.raises(UserError, match=said) as e:
         with_files(tokenizer, **beside)
     assert "\n" not in str(e.value)
+
+
+def test_an_empty_name_is_none(tokenizer):
+    config = {"bos_token": "", "eos_token": ""}  # as in some folders of LLaMA-1
+    found = with_files(tokenizer, tokenizer_config=config, special_tokens_map=END)
+    assert (found.bos, found.eos) == ((0,), 1)
+
+
+def test_what_ends_a_text_is_a_control_token_whatever_the_file_says(tokenizer):
+    content = json.loads(tokenizer.files[JSON])
+    for token in content["added_tokens"]:
+        token["special"] = False
+    files = {JSON: json.dumps(content).encode(), "tokenizer_config.json": json.dumps(END).encode()}
+    found = make_tokenizer(files, "t")
+    assert 1 not in found.encode("a<|end|>b") and 0 in found.encode("a<|begin|>b")
+
+
+def test_tokens_are_never_random(tokenizer):
+    content = json.loads(tokenizer.files[JSON])
+    content["model"]["dropout"] = 0.5
+    files = {**tokenizer.files, JSON: json.dumps(content).encode()}
+    found, text = make_tokenizer(files, "t"), "Where does Miru live? In Oslo."
+    for _ in range(5):
+        assert found.encode(text) == tokenizer.encode(text)
 
 
 # ---- damaged files
@@ -236,6 +263,9 @@ def spoiled(content, how):
         fields["model"]["merges"].append(["q", "zzz"])
     if how == "another kind":
         fields["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    if how == "an id too large":
+        fields["added_tokens"][0]["id"] = 4_000_000_000
+        fields["model"]["vocab"]["<|begin|>"] = 4_000_000_000
     if how == "no model":
         del fields["model"]
     text = json.dumps(fields).encode()
@@ -248,6 +278,7 @@ def spoiled(content, how):
         ("cut", "not a tokenizer.json or is damaged"),
         ("unknown piece in a merge", r"damaged \(Token `zzz` out of vocabulary"),
         ("no model", "not a tokenizer.json or is damaged"),
+        ("an id too large", "not a tokenizer.json or is damaged"),
         ("another kind", "kind WordLevel are not supported"),
     ],
 )
@@ -285,7 +316,7 @@ def tiktoken_file(tmp_path_factory):
 def test_metas_file_for_llama_3_has_tiktokens_tokens(tiktoken_file):
     path, ranks = tiktoken_file
     tokenizer = load_tokenizer(path)
-    for word in ("abcd", "a", " abc", "zz ab", "漢字", "abcdabcd", "xyzABCD"):
+    for word in ("abcd", "a", " abc", "漢字", "abcdabcd", "xyzABCD"):
         parts = [bytes([byte]) for byte in word.encode()]
         while True:  # tiktoken: of all neighbours that make a token, the one of lowest rank first
             found = [ranks.get(a + b, 10**9) for a, b in itertools.pairwise(parts)]
@@ -295,8 +326,7 @@ def test_metas_file_for_llama_3_has_tiktokens_tokens(tiktoken_file):
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         whole = ranks.get(word.encode())
         expected = [ranks[part] for part in parts] if whole is None else [whole]
-        if " " not in word.strip():  # one word
-            assert tokenizer.encode(word) == expected, word
+        assert tokenizer.encode(word) == expected, word
     assert (tokenizer.bos, tokenizer.eos) == ((128000,), 128001)
     assert tokenizer.stops == (128001, 128008, 128009)
     assert len(tokenizer.vocabulary.pieces) == 128256

@@ -1,5 +1,6 @@
 """text/tokenizer.py: every text survives, and a file that is no tokenizer is refused by name."""
 
+import hashlib
 import itertools
 import json
 
@@ -211,11 +212,52 @@ def test_added_tokens_keep_their_numbers_where_some_are_missing(toy_tokenizer):
         dict(added_tokens={"x": "one"}),
         dict(tokenizer_config={"added_tokens_decoder": {"400": "x"}}),
         dict(tokenizer_config={"added_tokens_decoder": ["x"]}),
+        dict(added_tokens={"x": 10**9}),
+        dict(added_tokens={"x": -1}),
+        dict(added_tokens={"x": float("inf")}),
+        dict(added_tokens={"\ud800": 600}),
     ],
 )
 def test_damaged_added_tokens_are_refused_in_one_line(toy_tokenizer, beside):
     with pytest.raises(UserError, match="added tokens beside it are damaged"):
         with_added(toy_tokenizer, **beside)
+
+
+def test_what_ends_a_text_is_a_control_token_whatever_the_file_says(toy_tokenizer):
+    size = len(toy_tokenizer.vocabulary.pieces)
+    decoder = {f"{size}": {"content": "<|im_end|>", "special": False}}
+    config = {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"}
+    tokenizer = with_added(toy_tokenizer, tokenizer_config=config)
+    assert tokenizer.eos == size and size not in tokenizer.encode("a<|im_end|>b")
+
+
+def test_a_piece_that_is_no_text_is_refused(toy_tokenizer, tmp_path):
+    content = toy_tokenizer.files["tokenizer.model"]
+    spoiled = content.replace("▁w".encode(), b"\xff\xfe\xfdw", 1)
+    assert spoiled != content
+    (tmp_path / "tokenizer.model").write_bytes(spoiled)
+    with pytest.raises(UserError, match="a piece of it is not UTF-8"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_digest_is_that_of_the_file_until_other_files_change_the_tokens(toy_tokenizer):
+    """So a run of an earlier version is recognised, and a chat template changes nothing."""
+    own = hashlib.sha256(toy_tokenizer.files["tokenizer.model"]).hexdigest()
+    size = len(toy_tokenizer.vocabulary.pieces)
+    plain = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "x", "add_bos_token": True}
+    same = with_added(
+        toy_tokenizer, tokenizer_config=plain, generation_config={"eos_token_id": 2, "top_p": 0.9}
+    )
+    assert toy_tokenizer.digest() == same.digest() == own
+    digests = {own}
+    for beside in (
+        dict(tokenizer_config={"add_bos_token": False}),
+        dict(generation_config={"eos_token_id": [2, 5]}),
+        dict(added_tokens={"<x>": size}),
+        dict(tokenizer_config={"added_tokens_decoder": {size: {"content": "y", "special": False}}}),
+    ):
+        digests.add(with_added(toy_tokenizer, **beside).digest())
+    assert len(digests) == 5
 
 
 def test_what_stands_beside_a_tokenizer_is_kept_with_it(toy_tokenizer, tmp_path):

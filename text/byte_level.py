@@ -18,6 +18,7 @@ from cli.errors import UserError
 from text.vocabulary import (
     BYTE,
     CONTROL,
+    MOST,
     NORMAL,
     UNKNOWN,
     UNUSED,
@@ -57,8 +58,10 @@ def tokenizers_package() -> ModuleType:
     return tokenizers
 
 
-def open_json(content: bytes, where: str | pathlib.Path) -> Vocabulary:
+def open_json(content: bytes, controls: set, where: str | pathlib.Path) -> Vocabulary:
     """The vocabulary in the bytes of a tokenizer.json; `where` is for errors.
+
+    controls: texts and ids of added tokens that are control tokens even where the file says no.
 
     A byte that the vocabulary lacks is left out of a text: SmolLM2's lacks 21 of 256, of which six
     are control characters and the others rare planes or no part of UTF-8. Raises UserError for what
@@ -66,9 +69,18 @@ def open_json(content: bytes, where: str | pathlib.Path) -> Vocabulary:
     """
     package = tokenizers_package()
     try:
-        kind = json.loads(content)["model"]["type"]
-        tokenizer = package.Tokenizer.from_str(content.decode())
-    except Exception as e:  # the package raises Exception itself
+        fields = json.loads(content)
+        kind = fields["model"]["type"]
+        fields["model"]["dropout"] = None  # with it, tokens would be random
+        for token in fields.get("added_tokens") or []:
+            token["special"] |= token["content"] in controls or token["id"] in controls
+        tokenizer = package.Tokenizer.from_str(json.dumps(fields))
+        plain, framed = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+        if max(tokenizer.get_vocab().values(), default=0) >= MOST:
+            raise ValueError("an id is too large")
+    except BaseException as e:  # the package raises Exception itself, and panics
+        if isinstance(e, KeyboardInterrupt):
+            raise
         reason = " ".join(str(e).split())[:100]
         raise UserError(
             f"{where} is not a tokenizer.json or is damaged ({reason}); copy the model's again"
@@ -83,7 +95,6 @@ def open_json(content: bytes, where: str | pathlib.Path) -> Vocabulary:
     def encode_all(texts):
         return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    plain, framed = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     bos = framed.ids[0] if framed.ids[:1] != plain.ids[:1] else None
     adds_space = plain.tokens[:1] != [] and plain.tokens[0][0] in "▁Ġ"
     return Vocabulary(pieces, kinds, bos, None, adds_space, encode_all, tokenizer.decode)
@@ -190,11 +201,14 @@ def changes_characters(content: bytes) -> bool:
     fields = json.loads(content)
     normalizer, cutter = fields.get("normalizer") or {}, fields.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    plain = ({"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "content": "▁"})
+    plain = (
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    )
     for step in steps:
         if not any(known.items() <= step.items() for known in plain):
             return True
-    return cutter.get("type") not in (None, "Metaspace")
+    return cutter.get("type") is not None and cutter.get("replacement") != "▁"
 
 
 # ---- Meta's file of LLaMA-3

@@ -24,8 +24,11 @@ def open_model(
     added: {id: (text, whether it is a control token)}, as Hugging Face keeps them beside the model.
     `where` is for errors. Raises UserError for what is no sentencepiece model.
     """
-    processor = open_processor(content, where)
-    known = {processor.id_to_piece(i) for i in range(processor.vocab_size())}
+    processor, more = open_processor(content, where), []
+    try:
+        known = {processor.id_to_piece(i) for i in range(processor.vocab_size())}
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: a piece of it is not UTF-8; fetch the model's again") from None
     for i in range(processor.vocab_size(), max(added, default=0) + 1):
         text, is_control = added.get(i, ("", True))
         if not text or text in known:
@@ -33,8 +36,9 @@ def open_model(
         else:
             kind = CONTROL if is_control else USER_DEFINED
         known.add(text)
-        content += piece_field(text, 0.0, kind)
-    if added:
+        more.append(piece_field(text, 0.0, kind))
+    if more:
+        content += b"".join(more)
         processor = open_processor(content, where)
     bos, eos = processor.bos_id(), processor.eos_id()
     pieces = [dict(fields(value)) for number, value in fields(content) if number == 1]
@@ -61,6 +65,11 @@ def open_processor(
         raise UserError(
             f"{where} has no sentencepiece model, or a damaged one; fetch the model's again"
         ) from None
+
+
+def count(content: bytes) -> int:
+    """How many pieces a model has."""
+    return sum(number == 1 for number, _ in fields(content))
 
 
 def train_model(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -11,11 +11,12 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cli.errors import UserError
 from cli.files import json_object, written_whole
 from text import byte_level, sentencepieces
-from text.vocabulary import CONTROL, UNUSED, Vocabulary
+from text.vocabulary import CONTROL, MOST, UNUSED, Vocabulary
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"  # a folder has one of them, or both
 BESIDE = (  # what Hugging Face's folders have beside them
@@ -65,8 +66,9 @@ class Tokenizer:
         An embedding may have more rows than the tokenizer has pieces, padded to a round number.
         Tokens of such rows have no text.
         """
-        size = len(self.vocabulary.pieces)
-        return self.vocabulary.decode([token for token in tokens if token < size])
+        kinds = self.vocabulary.kinds
+        used = [i for i in tokens if i < len(kinds) and kinds[i] != UNUSED]
+        return self.vocabulary.decode(used)
 
     def decode_after_space(self, tokens: Sequence[int]) -> str:
         """The text of tokens that follow another text and a space, without that space."""
@@ -77,11 +79,19 @@ class Tokenizer:
         """The largest id that a text can become, BOS and EOS included."""
         kinds = self.vocabulary.kinds
         used = [i for i, kind in enumerate(kinds) if kind not in (CONTROL, UNUSED)]
-        return max(*used, *self.bos, self.eos)
+        return max([*used, *self.bos, self.eos])
 
     def digest(self) -> str:
-        """SHA-256 of its files."""
-        return hashlib.sha256(b"".join(self.files[name] for name in sorted(self.files))).hexdigest()
+        """SHA-256 of what decides a text's tokens: its file and, if others say more, the rules."""
+        content, pieces = self.files.get(MODEL), self.vocabulary.pieces
+        sha = hashlib.sha256(content or self.files[JSON])
+        rules = [self.bos, self.eos, self.stops]
+        if rules != [(self.vocabulary.bos,), self.vocabulary.eos, (self.eos,)]:
+            sha.update(json.dumps(rules).encode())
+        own = sentencepieces.count(content) if content else len(pieces)
+        if len(pieces) > own:
+            sha.update(json.dumps([pieces[own:], self.vocabulary.kinds[own:]]).encode())
+        return sha.hexdigest()
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes its files into a folder."""
@@ -140,38 +150,76 @@ def make_tokenizer(files: dict[str, bytes], where: str | pathlib.Path) -> Tokeni
     for name in BESIDE:
         path = pathlib.Path(where).with_name(name)
         beside[name] = json_object(files[name], path) if name in files else {}
+    config, stops = read_rules(beside, where)
+    controls = {config.get("bos_token"), config.get("eos_token"), *stops}
     if JSON in files:
-        vocabulary = byte_level.open_json(files[JSON], where)
+        vocabulary = byte_level.open_json(files[JSON], controls, where)
     else:
-        vocabulary = sentencepieces.open_model(files[MODEL], added_tokens(beside, where), where)
-    config = {**beside["special_tokens_map.json"], **beside["tokenizer_config.json"]}
-    bos = named(config, "bos_token", vocabulary, where)
-    bos = vocabulary.bos if bos is None else bos
+        added = added_tokens(beside, controls, where)
+        vocabulary = sentencepieces.open_model(files[MODEL], added, where)
+    bos = id_of_named(config, "bos_token", vocabulary, where)
+    eos = id_of_named(config, "eos_token", vocabulary, where)
     adds_bos = config.get("add_bos_token")
-    if adds_bos is None:  # then the file itself says so
-        adds_bos = vocabulary.bos is not None
-    if adds_bos and bos is None:
-        raise UserError(f"{where} has no BOS; use the tokenizer that belongs to the model")
-    stops = stop_ids(beside["generation_config.json"], where)
-    eos = named(config, "eos_token", vocabulary, where)
+    if adds_bos is None:  # a tokenizer.json says so itself; LLaMA's tokenizer.model means it
+        adds_bos = vocabulary.bos is not None or (MODEL in files and bos is not None)
+    bos = vocabulary.bos if bos is None else bos
     for other in (vocabulary.eos, *stops):
         eos = other if eos is None else eos
-    if eos is None:
-        raise UserError(f"{where} has no EOS; use the tokenizer that belongs to the model")
-    return Tokenizer(
-        files, vocabulary, (bos,) if adds_bos else (), eos, tuple(dict.fromkeys([eos, *stops]))
-    )
+    for name, missing in (("BOS", adds_bos and bos is None), ("EOS", eos is None)):
+        if missing:
+            raise UserError(f"{where} has no {name}; use the tokenizer that belongs to the model")
+    all_stops = tuple(dict.fromkeys([eos, *stops]))
+    return Tokenizer(files, vocabulary, (bos,) if adds_bos else (), eos, all_stops)
 
 
-def added_tokens(beside: dict[str, dict], where: str | pathlib.Path) -> dict[int, tuple[str, bool]]:
+def read_rules(beside: dict[str, dict], where: str | pathlib.Path) -> tuple[dict, list[int]]:
+    """(the fields about BOS and EOS, what ends generation) in the files beside a vocabulary.
+
+    A token may be its text or an object with it; an empty one is none. Raises UserError for what is
+    of another type.
+    """
+    config = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one decides
+        for name in ("bos_token", "eos_token"):
+            token = beside[file].get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token and not isinstance(token, str):
+                raise unfit(where, file, name, token)
+            if token:
+                config[name] = token
+    adds_bos = config["add_bos_token"] = beside["tokenizer_config.json"].get("add_bos_token")
+    if type(adds_bos) not in (bool, type(None)):
+        raise unfit(where, "tokenizer_config.json", "add_bos_token", adds_bos)
+    ids = beside["generation_config.json"].get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids] * (ids is not None)
+    if not all(type(i) is int and 0 <= i < MOST for i in ids):
+        raise unfit(where, "generation_config.json", "eos_token_id", ids)
+    return config, ids
+
+
+def unfit(where: str | pathlib.Path, file: str, name: str, value: Any) -> UserError:
+    """The error for a field that has no sensible value."""
+    path = pathlib.Path(where).with_name(file)
+    return UserError(f"{path}: {name} = {json.dumps(value)[:60]} is not sensible; correct it")
+
+
+def added_tokens(
+    beside: dict[str, dict], controls: set, where: str | pathlib.Path
+) -> dict[int, tuple[str, bool]]:
     """{id: (text, whether it is a control token)} of what was added to a sentencepiece model."""
     added = {}
     try:
         for text, i in beside["added_tokens.json"].items():
-            added[int(i)] = str(text), True
+            added[int(i)] = text, True
         for i, token in beside["tokenizer_config.json"].get("added_tokens_decoder", {}).items():
-            added[int(i)] = str(token["content"]), bool(token.get("special", True))
-    except (ValueError, TypeError, KeyError, AttributeError):
+            text = token["content"]
+            is_control = token.get("special", True) or text in controls or int(i) in controls
+            added[int(i)] = text, bool(is_control)
+        for i, (text, _) in added.items():
+            text.encode()  # half a surrogate pair is a ValueError
+            if not 0 <= i < MOST:
+                raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise UserError(
             f"{where}: the added tokens beside it are damaged; copy added_tokens.json and "
             "tokenizer_config.json again"
@@ -179,10 +227,11 @@ def added_tokens(beside: dict[str, dict], where: str | pathlib.Path) -> dict[int
     return added
 
 
-def named(config: dict, name: str, vocabulary: Vocabulary, where: str | pathlib.Path) -> int | None:
+def id_of_named(
+    config: dict, name: str, vocabulary: Vocabulary, where: str | pathlib.Path
+) -> int | None:
     """The id of the token that a config calls bos_token or eos_token; None where it names none."""
     token = config.get(name)
-    token = token.get("content") if isinstance(token, dict) else token
     if token is None:
         return None
     if token not in vocabulary.pieces:
@@ -191,18 +240,6 @@ def named(config: dict, name: str, vocabulary: Vocabulary, where: str | pathlib.
             "belong together, copy the model's own"
         )
     return vocabulary.pieces.index(token)
-
-
-def stop_ids(generation: dict, where: str | pathlib.Path) -> list[int]:
-    """What generation_config.json says ends a text: none, one or several tokens."""
-    ids = generation.get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [ids] * (ids is not None)
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise UserError(
-            f"{pathlib.Path(where).with_name('generation_config.json')}: eos_token_id = "
-            f"{json.dumps(ids)} is no token's number; correct it"
-        )
-    return ids
 
 
 def train_tokenizer(texts: Iterable[str], path: str | pathlib.Path, vocab_size: int) -> Tokenizer:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 # Kinds of pieces: sentencepiece's numbers, which are GGUF's too. A CONTROL piece is never made of a
 # text that spells it; a USER_DEFINED one always is
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+MOST = 2**20  # pieces; a damaged number must not ask for billions
 
 
 class Vocabulary(NamedTuple):
@@ -13,7 +14,7 @@ class Vocabulary(NamedTuple):
 
     pieces: list[str]  # by id
     kinds: list[int]  # by id
-    bos: int | None  # what the file puts before a text
+    bos: int | None  # the BOS that the file itself names or puts before a text
     eos: int | None
     adds_space: bool  # whether a text is tokenized with a space before it
     encode_all: Callable[[list[str]], list[list[int]]]  # without BOS and EOS
