@@ -200,8 +200,9 @@ def test_the_laptops_table_is_what_evals_py_printed():
         row = measured[name]
         expected = [f"{row['response_loss']:.2f}", f"{row['equal_answers']:.0f}"]
         for metric in ("hellaswag", "hellaswag_normalised", "mmlu"):
-            expected.append("{:.1f} ± {:.1f}".format(*row[metric]))
-        assert shown == [*expected, f"{row['wikitext2']:.1f}"], name
+            known = metric in row
+            expected.append("{:.1f} ± {:.1f}".format(*row[metric]) if known else "")
+        assert shown == expected, name
 
 
 ABLATIONS = {
