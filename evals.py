@@ -267,7 +267,12 @@ def encode_choices(
 def mean_and_error(right: list[bool]) -> tuple[float, float]:
     """Accuracy and its standard error."""
     p = sum(right) / len(right)
-    return p, math.sqrt(p * (1 - p) / len(right))
+    return p, standard_error(p, len(right))
+
+
+def standard_error(p: float, count: int) -> float:
+    """That of an accuracy p of `count` questions."""
+    return math.sqrt(p * (1 - p) / count)
 
 
 def mmlu(
@@ -444,7 +449,7 @@ def judge_instructions(
     matches = exact_match(
         model, tokenizer, records, min(longest, room), batch_size, f"exact match, {path}"
     )
-    error = math.sqrt(matches * (1 - matches) / len(records))
+    error = standard_error(matches, len(records))
     print(f"{path}: {len(records)} instructions")
     print(f"  loss a token of the response    {loss:.4f}")
     print(f"  answers equal to the response   {percent(matches, error)}")

@@ -153,13 +153,18 @@ def uses_gptq(settings: Settings) -> bool:
     return not settings.weights or formats.quantization_of(settings.weights) is None
 
 
-def made_from(settings: Settings) -> str:
+def tokenizer_of(settings: Settings) -> Tokenizer:
+    """The tokenizer that is named, or else that of the weights."""
+    return formats.load_tokenizer(settings.tokenizer or source_of(settings.weights))
+
+
+def made_from(settings: Settings, tokenizer: Tokenizer) -> str:
     """The text of made_from.json for a base with these settings."""
     source = source_of(settings.weights)
     record = {
         "method": settings.method,
         "source": formats.fingerprint(source),
-        "tokenizer": formats.load_tokenizer(settings.tokenizer or source).digest(),
+        "tokenizer": tokenizer.digest(),
     }
     if settings.method == "qalora":
         for name in ("bits", "group_size", "quantizer"):
@@ -182,7 +187,7 @@ def base_is_made(settings: Settings) -> bool:
     record = out / "base" / "made_from.json"
     if settings.fresh or not record.exists():
         return False
-    if record.read_bytes() == made_from(settings).encode():
+    if record.read_bytes() == made_from(settings, tokenizer_of(settings)).encode():
         print(f"base: {out}/base is already made from these weights in this way")
         return True
     if settings.resume and newest_checkpoint(out):
@@ -201,8 +206,8 @@ def base_is_made(settings: Settings) -> bool:
 def make_base(settings: Settings, texts: list[str] | None) -> None:
     """Writes the run's base/, quantized by GPTQ on `texts` where that is wanted."""
     source = source_of(settings.weights)
-    record = made_from(settings)  # of the weights as they are now
-    tokenizer = formats.load_tokenizer(settings.tokenizer or source)
+    tokenizer = tokenizer_of(settings)
+    record = made_from(settings, tokenizer)  # of the weights as they are now
     with written_whole(pathlib.Path(settings.out) / "base") as folder:
         folder.mkdir()
         tokenizer.save(folder)

@@ -97,7 +97,8 @@ def matches(path: pathlib.Path) -> bool:
 
 def read_config(path: pathlib.Path) -> LlamaConfig:
     """The LlamaConfig of a Q4_1 file, from its header. Raises UserError as `open_gguf` does."""
-    return open_gguf(path)[1]
+    _, _, config, _ = open_gguf(path)
+    return config
 
 
 def quantization_of(path: pathlib.Path) -> dict:
@@ -117,7 +118,7 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
     where the file keeps its embedding so, as 16 bits let `compute_dtype` choose bfloat16. Raises
     UserError as `open_gguf` does, and for numbers that are not finite.
     """
-    _, config, tensors = open_gguf(path)
+    _, _, config, tensors = open_gguf(path)
     model = quantized_skeleton(config, 4, 32)
     kept = {"F32": torch.float32, "BF16": torch.bfloat16}
     stored = kept.get(tensors["model.embed_tokens.weight"].tensor_type.name, torch.float16)
@@ -142,7 +143,7 @@ def files(path: pathlib.Path) -> list[pathlib.Path]:
 
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a Q4_1 file as a folder of our own: nothing is calibrated or quantized."""
-    reader, _, tensors = open_gguf(path)
+    reader, _, _, tensors = open_gguf(path)
     save_quantized(load_model(path), folder)
     quantized = {t.name for name, t in tensors.items() if name.split(".")[-2] in LINEARS}
     others = [tensor for tensor in reader.tensors if tensor.name not in quantized]
@@ -151,8 +152,7 @@ def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
 
 def load_tokenizer(path: pathlib.Path) -> Tokenizer:
     """The file's own tokenizer; UserError as `open_gguf` does, and for one of an unknown kind."""
-    reader, config, _ = open_gguf(path)
-    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    _, metadata, config, _ = open_gguf(path)
     tokenizer = tokenizer_of(metadata, path)
     if len(tokenizer.vocabulary.pieces) != config.vocab_size:
         raise UserError(
@@ -184,10 +184,10 @@ def check_tokenizer(path: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def open_gguf(path: pathlib.Path) -> tuple:
-    """(GGUFReader, LlamaConfig, {our name: ReaderTensor}) of a Q4_1 file; reads the header only.
+    """(GGUFReader, metadata, LlamaConfig, {our name: ReaderTensor}); reads the header only.
 
     Raises UserError when the file is damaged, asks for what `Llama` does not compute, or has linear
-    layers in other types.
+    layers in other types than Q4_1.
     """
     gguf = gguf_package()
     try:
@@ -220,7 +220,7 @@ def open_gguf(path: pathlib.Path) -> tuple:
     if found:
         raise UserError(f"{path}: {next(iter(found))} is unexpected; LLaMA has no such weight")
     check_places(path, reader)
-    return reader, config, tensors
+    return reader, metadata, config, tensors
 
 
 def check_sizes(path: pathlib.Path, config: LlamaConfig, found: dict) -> None:

@@ -137,7 +137,7 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     Raises UserError for a tokenizer that is larger than `size`, or that does what llama.cpp does
     not.
     """
-    pieces, kinds = list(tokenizer.vocabulary.pieces), list(tokenizer.vocabulary.kinds)
+    pieces, kinds = tokenizer.vocabulary.pieces, tokenizer.vocabulary.kinds
     if tokenizer.largest_id() >= size:
         raise UserError(
             f"the tokenizer has {len(pieces)} pieces, the embedding {size}: they do not belong "

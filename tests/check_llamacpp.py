@@ -20,7 +20,6 @@ import importlib.metadata
 import json
 import pathlib
 import shutil
-import struct
 import sys
 import tempfile
 import types
@@ -47,6 +46,7 @@ from merge import merge
 from qalora import adapter_parameters, add_adapters
 from quant import load_quantized, quantize_model, save_quantized
 from text.instructions import read_records
+from text.sentencepieces import make_model
 from text.tokenizer import load_tokenizer
 from text.toy import make_world
 
@@ -184,28 +184,11 @@ def check_trained(out):
 def sentencepiece_model(pieces):
     """A sentencepiece BPE model: unk, BOS, EOS, 256 bytes, then pieces in their merges' order."""
 
-    def field(number, value):
-        if isinstance(value, bytes):
-            return varint(number << 3 | 2) + varint(len(value)) + value
-        if isinstance(value, float):
-            return varint(number << 3 | 5) + struct.pack("<f", value)
-        return varint(number << 3) + varint(value)
-
-    def varint(n):
-        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
-
-    model = b""
-    for i, piece in enumerate(["<unk>", "<s>", "</s>", *pieces[3:]]):
-        kind = 1  # normal
-        if i < 259:
-            kind = (2, 3, 3)[i] if i < 3 else 6  # unknown, control; byte
-        text = piece if i < 259 else piece.replace(" ", "▁")
-        score = float(min(0, 259 - i))
-        model += field(1, field(1, text.encode()) + field(2, score) + field(3, kind))
-    trainer = field(3, 2) + field(35, 1)  # model_type BPE, byte_fallback
-    # add_dummy_prefix, no remove_extra_whitespaces
-    normalizer = field(1, b"identity") + field(3, 1) + field(4, 0)
-    return model + field(2, trainer) + field(3, normalizer)
+    texts = ["<unk>", "<s>", "</s>", *pieces[3:259]]
+    texts += [piece.replace(" ", "▁") for piece in pieces[259:]]
+    scores = [float(min(0, 259 - i)) for i in range(len(pieces))]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(pieces) - 259)
+    return make_model(texts, scores, kinds, adds_space=True)
 
 
 def seed_texts():

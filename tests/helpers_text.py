@@ -1,6 +1,9 @@
 """What tests of questions share."""
 
 import csv
+import json
+
+from text.tokenizer import JSON, MODEL, make_tokenizer
 
 
 def write_mmlu(path, rows):
@@ -10,3 +13,12 @@ def write_mmlu(path, rows):
         with (path / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(content)
     return path
+
+
+def with_files(tokenizer, **beside):
+    """A tokenizer with other files beside its own: names without .json, and what they hold."""
+    name = MODEL if MODEL in tokenizer.files else JSON
+    files = {name: tokenizer.files[name]}
+    for other, content in beside.items():
+        files[f"{other}.json"] = json.dumps(content).encode()
+    return make_tokenizer(files, name)

@@ -8,6 +8,7 @@ import sys
 import unicodedata
 
 import pytest
+from helpers_text import with_files
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -159,14 +160,6 @@ def test_a_normalizer_has_no_name_in_gguf(tokenizer):
 
 
 # ---- the model's rules
-
-
-def with_files(tokenizer, **beside):
-    """The tokenizer with other files beside it: names without .json, and what they hold."""
-    files = {JSON: tokenizer.files[JSON]}
-    for name, content in beside.items():
-        files[f"{name}.json"] = json.dumps(content).encode()
-    return make_tokenizer(files, "tokenizer.json")
 
 
 END = {"eos_token": "<|end|>"}

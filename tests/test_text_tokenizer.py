@@ -2,17 +2,17 @@
 
 import hashlib
 import itertools
-import json
 
 import pytest
 import sentencepiece
 from helpers import TEXTS, save_tokenizer
+from helpers_text import with_files
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from cli.errors import UserError
 from text.instructions import read_records
-from text.tokenizer import load_tokenizer, make_tokenizer, train_tokenizer
+from text.tokenizer import load_tokenizer, train_tokenizer
 from text.vocabulary import CONTROL, UNKNOWN, UNUSED
 
 
@@ -162,14 +162,6 @@ def test_text_that_cannot_give_so_many_pieces_is_refused_and_nothing_is_written(
 # ---- added tokens
 
 
-def with_added(tokenizer, **beside):
-    """A tokenizer with other files beside its model: names without .json, and what they hold."""
-    files = {"tokenizer.model": tokenizer.files["tokenizer.model"]}
-    for name, content in beside.items():
-        files[f"{name}.json"] = json.dumps(content).encode()
-    return make_tokenizer(files, "tokenizer.model")
-
-
 @given(TEXTS, TEXTS)
 def test_an_added_control_token_is_never_made_of_a_text_and_a_users_always_is(
     toy_tokenizer, before, after
@@ -179,7 +171,7 @@ def test_an_added_control_token_is_never_made_of_a_text_and_a_users_always_is(
         f"{size}": {"content": "<|im_end|>", "special": True},
         f"{size + 1}": {"content": "<tool>", "special": False},
     }
-    tokenizer = with_added(
+    tokenizer = with_files(
         toy_tokenizer,
         tokenizer_config={"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"},
     )
@@ -196,11 +188,11 @@ def test_an_added_control_token_is_never_made_of_a_text_and_a_users_always_is(
 def test_added_tokens_keep_their_numbers_where_some_are_missing(toy_tokenizer):
     size = len(toy_tokenizer.vocabulary.pieces)
     added = {"[PAD]": size + 2, "<s>": 1}
-    tokenizer = with_added(toy_tokenizer, added_tokens=added)
+    tokenizer = with_files(toy_tokenizer, added_tokens=added)
     assert tokenizer.vocabulary.pieces[size:] == [f"[PAD{size}]", f"[PAD{size + 1}]", "[PAD]"]
     assert tokenizer.vocabulary.kinds[size:] == [UNUSED, UNUSED, CONTROL]
     assert tokenizer.largest_id() == size - 1  # an embedding need not have what no text becomes
-    with_eos = with_added(
+    with_eos = with_files(
         toy_tokenizer, added_tokens=added, special_tokens_map={"eos_token": "[PAD]"}
     )
     assert with_eos.largest_id() == size + 2
@@ -220,14 +212,14 @@ def test_added_tokens_keep_their_numbers_where_some_are_missing(toy_tokenizer):
 )
 def test_damaged_added_tokens_are_refused_in_one_line(toy_tokenizer, beside):
     with pytest.raises(UserError, match="added tokens beside it are damaged"):
-        with_added(toy_tokenizer, **beside)
+        with_files(toy_tokenizer, **beside)
 
 
 def test_what_ends_a_text_is_a_control_token_whatever_the_file_says(toy_tokenizer):
     size = len(toy_tokenizer.vocabulary.pieces)
     decoder = {f"{size}": {"content": "<|im_end|>", "special": False}}
     config = {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"}
-    tokenizer = with_added(toy_tokenizer, tokenizer_config=config)
+    tokenizer = with_files(toy_tokenizer, tokenizer_config=config)
     assert tokenizer.eos == size and size not in tokenizer.encode("a<|im_end|>b")
 
 
@@ -245,7 +237,7 @@ def test_the_digest_is_that_of_the_file_until_other_files_change_the_tokens(toy_
     own = hashlib.sha256(toy_tokenizer.files["tokenizer.model"]).hexdigest()
     size = len(toy_tokenizer.vocabulary.pieces)
     plain = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "x", "add_bos_token": True}
-    same = with_added(
+    same = with_files(
         toy_tokenizer, tokenizer_config=plain, generation_config={"eos_token_id": 2, "top_p": 0.9}
     )
     assert toy_tokenizer.digest() == same.digest() == own
@@ -256,7 +248,7 @@ def test_the_digest_is_that_of_the_file_until_other_files_change_the_tokens(toy_
         dict(added_tokens={"<x>": size}),
         dict(tokenizer_config={"added_tokens_decoder": {size: {"content": "y", "special": False}}}),
     ):
-        digests.add(with_added(toy_tokenizer, **beside).digest())
+        digests.add(with_files(toy_tokenizer, **beside).digest())
     assert len(digests) == 5
 
 

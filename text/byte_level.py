@@ -148,12 +148,12 @@ def make_json(
     tokenizer = package.Tokenizer(model)
     tokenizer.pre_tokenizer = cutter(words)
     tokenizer.decoder = package.decoders.ByteLevel()
-    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-        added = []
-        for piece, its_kind in zip(pieces, kinds, strict=True):
-            if its_kind == kind:
-                added.append(package.AddedToken(piece, special=special, normalized=False))
-        tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
+    for kind, add in (
+        (CONTROL, tokenizer.add_special_tokens),
+        (USER_DEFINED, tokenizer.add_tokens),
+    ):
+        its_pieces = [piece for piece, k in zip(pieces, kinds, strict=True) if k == kind]
+        add([package.AddedToken(piece, normalized=False) for piece in its_pieces])
     if bos is not None:
         tokenizer.post_processor = package.processors.TemplateProcessing(
             single=f"{pieces[bos]} $A", special_tokens=[(pieces[bos], bos)]
@@ -191,8 +191,7 @@ def merges_in(content: bytes) -> list[list[str]]:
 
 
 def falls_back_to_bytes(content: bytes) -> bool:
-    """Whether a tokenizer.json was made of a sentencepiece model: bytes are pieces such as <0x0A>,
-    and merges are not confined to words."""
+    """Whether a tokenizer.json was made of a sentencepiece model: its bytes are pieces (<0x0A>)."""
     return bool(json.loads(content)["model"].get("byte_fallback"))
 
 
