@@ -75,9 +75,11 @@ def configs(draw, kv_heads=None, tied=st.booleans(), old=False):  # noqa: B008, 
     """Any small LLaMA; `old`: of LLaMA-1 or 2, without what came later."""
     kv = draw(st.sampled_from([1, 2, 3]) if kv_heads is None else st.just(kv_heads))
     heads = kv * draw(st.sampled_from([1, 2, 3]))
+    # Of two channels both can be near 0; then a norm makes rotary's float32 errors 100 times larger
+    widths = [2, 4, 8] if heads > 1 else [4, 8]
     return LlamaConfig(
         vocab_size=draw(st.integers(3, 10)) * 4,
-        hidden_size=heads * draw(st.sampled_from([2, 4, 8])),
+        hidden_size=heads * draw(st.sampled_from(widths)),
         intermediate_size=draw(st.integers(1, 6)) * 4,
         num_hidden_layers=draw(st.integers(1, 3)),
         num_attention_heads=heads,
