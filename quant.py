@@ -142,7 +142,10 @@ def round_up_to_float16(spread: Tensor, levels: int) -> Tensor:
 
 
 def nearest_codes(w_OGg: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """The uint8 codes [O, G, g] nearest to `w_OGg` for scale and offset [O, G]; 0 at scale 0."""
+    """The uint8 codes [O, G, g] nearest to `w_OGg` for scale and offset [O, G]; 0 at scale 0.
+
+    Or for one group: codes [O, g], scale and offset [O].
+    """
     step = torch.where(scale == 0, 1, scale).float().unsqueeze(-1)
     codes = ((w_OGg - offset.unsqueeze(-1)) / step).round_()
     return codes.clamp_(0, 2**bits - 1).to(torch.uint8)
@@ -228,10 +231,11 @@ def quantize_group(
         scale, offset = min_max_range(w_gO.t(), bits)
         return round_in_order(w_gO, factor_gg, scale, offset, bits), scale, offset
     scale, offset = best_range(w_gO, factor_gg.diagonal().square(), bits)
-    for _ in range(2):  # a third round did not lower the error on the test layer
-        codes = round_in_order(w_gO, factor_gg, scale, offset, bits)
-        scale, offset = fit_range(w_gO, factor_gg, codes, scale, offset)
-    return codes, scale, offset
+    # Rounding in order only matters in the end: a first fit to codes so rounded is no better
+    codes = nearest_codes(w_gO.t(), scale, offset, bits).t().float()
+    scale, offset = fit_range(w_gO, factor_gg, codes, scale, offset)
+    codes = round_in_order(w_gO, factor_gg, scale, offset, bits)
+    return codes, *fit_range(w_gO, factor_gg, codes, scale, offset)
 
 
 def round_in_order(
