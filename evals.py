@@ -77,7 +77,7 @@ def perplexity(
     """exp of the mean negative log-likelihood of tokens[1:].
 
     Each is predicted once, within a window of at most `window` inputs. tokens: one-dimensional,
-    beginning with BOS. window: at most the model's context.
+    beginning with BOS if the model has one. window: at most the model's context.
     """
     tokens = torch.as_tensor(tokens, dtype=torch.long)
     assert tokens.dim() == 1 and len(tokens) > 1 and window > 0, (tokens.shape, window)
@@ -131,7 +131,7 @@ def choice_scores(
 ) -> tuple[list[Tensor], int]:
     """The log-likelihood of every choice after its context, and how many contexts were cut.
 
-    questions: pairs of a context (tokens, BOS first) and its choices (lists of tokens, none empty).
+    questions: pairs of a context (tokens) and its choices (lists of tokens, none empty).
     batch_size counts choices. kept: how many tokens (BOS) stay where a context loses its beginning.
     Returns a float64 tensor for each question, and how many questions lost their beginning. Raises
     UserError when a choice alone is longer than the model's context.
@@ -362,12 +362,7 @@ def load(path: str | pathlib.Path, device: str) -> tuple[Llama, Tokenizer]:
     """
     check_device(device)
     model, tokenizer = formats.load_model(path, device=device), formats.load_tokenizer(path)
-    pieces, rows = tokenizer.largest_id() + 1, model.config.vocab_size
-    if pieces > rows:
-        raise UserError(
-            f"{path}: the tokenizer has {pieces} pieces, the model's embedding only {rows}; copy "
-            "the tokenizer that belongs to the model"
-        )
+    tokenizer.check_fits(model.config.vocab_size, path)
     stored = model.model.embed_tokens.weight.dtype
     return model.to(compute_dtype(stored, device)), tokenizer
 

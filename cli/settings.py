@@ -90,8 +90,8 @@ SIZES = (
 MISSING_WEIGHTS = """\
 Get LLaMA weights from Meta (llama.com) or, once you have accepted its licence, from
 huggingface.co/meta-llama; SmolLM2's are at huggingface.co/HuggingFaceTB, TinyLlama's at
-huggingface.co/TinyLlama. Put config.json, tokenizer.model and the .safetensors files (or Meta's
-own files) into one folder, then type:
+huggingface.co/TinyLlama. Put config.json, the tokenizer (tokenizer.model or tokenizer.json) and the
+.safetensors files (or Meta's own files) into one folder, then type:
     python train.py --model {model} --weights FOLDER --data alpaca.json --out runs/{model}"""
 
 
@@ -372,15 +372,8 @@ def check_tokenizer(settings: Settings, config: LlamaConfig) -> None:
     """Raises UserError when the tokenizer is missing or does not belong to the weights."""
     if not (settings.weights or settings.tokenizer):
         return  # the tiny model's is still to be made
-    source = settings.tokenizer or settings.weights
-    tokenizer = formats.load_tokenizer(source)
-    if tokenizer.largest_id() >= config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {source} has {tokenizer.largest_id() + 1} pieces, but "
-            f"{settings.weights or 'the tiny model'} has an embedding (model.embed_tokens.weight) "
-            f"for {config.vocab_size}: they do not belong together; name the right one with "
-            "--tokenizer"
-        )
+    tokenizer = formats.load_tokenizer(settings.tokenizer or settings.weights)
+    tokenizer.check_fits(config.vocab_size, settings.weights or "the tiny model")
     if settings.weights and settings.tokenizer:
         formats.check_tokenizer(settings.weights, tokenizer)
 

@@ -138,11 +138,7 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     not.
     """
     pieces, kinds = tokenizer.vocabulary.pieces, tokenizer.vocabulary.kinds
-    if tokenizer.largest_id() >= size:
-        raise UserError(
-            f"the tokenizer has {len(pieces)} pieces, the embedding {size}: they do not belong "
-            "together; copy the model's own tokenizer into its folder"
-        )
+    tokenizer.check_fits(size, "the model")
     padding = range(len(pieces), size)
     pieces = [*pieces, *(unused(i) for i in padding)][:size]
     kinds = [*kinds, *(UNUSED for _ in padding)][:size]

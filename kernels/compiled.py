@@ -28,6 +28,9 @@ def dense(
 @functools.cache
 def _compiled():
     torch._dynamo.config.recompile_limit = 64  # shapes of pieces, in training and in inference mode
+    # What torch.compile keeps on the disk for AVX2 it would take for AVX-512 too, and the other way
+    # round; then numbers are wrong and memory is overwritten (PyTorch 2.13)
+    torch.compiler.config.cache_key_tag += torch.backends.cpu.get_cpu_capability()
     return torch.compile(_plane_by_plane, dynamic=False)
 
 

@@ -81,6 +81,15 @@ class Tokenizer:
         used = [i for i, kind in enumerate(kinds) if kind not in (CONTROL, UNUSED)]
         return max([*used, *self.bos, self.eos])
 
+    def check_fits(self, rows: int, whose: str | pathlib.Path) -> None:
+        """Raises UserError unless every token that a text can become has one of `rows` rows."""
+        if self.largest_id() >= rows:
+            raise UserError(
+                f"the tokenizer has {self.largest_id() + 1} pieces, but the embedding "
+                f"(model.embed_tokens.weight) of {whose} has {rows} rows: they do not belong "
+                "together; use the model's own tokenizer"
+            )
+
     def digest(self) -> str:
         """SHA-256 of what decides a text's tokens: its file and, if others say more, the rules."""
         content, pieces = self.files.get(MODEL), self.vocabulary.pieces
