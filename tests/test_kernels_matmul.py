@@ -1,10 +1,14 @@
 """The packed product is the same number however much is dequantized at a time, compiled or not."""
 
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
 from helpers import dense, exact_case, integers, normal, pool, random_quantized, same
+from helpers_runs import ROOT
 from torch.nn import functional as F
 
 import quant
@@ -55,6 +59,22 @@ def test_compiled_it_has_the_same_bits(monkeypatch, dtype, bits):
         y = quant_matmul(leaf, pack(q.codes, bits), q.scale, q.offset, bits)
         results.append([y, *torch.autograd.grad(y.float().square().sum(), leaf)])
     assert same(*results) and matmul.USE_COMPILER, "it was not compiled"
+
+
+def test_what_was_compiled_for_another_cpus_instructions_is_not_taken(tmp_path):
+    """torch.compile keeps it on the disk, which may move to another machine."""
+    script = (
+        "import torch\n"
+        "from kernels import compiled\n"
+        "from quant import pack\n"
+        "codes = torch.randint(16, (64, 256), dtype=torch.uint8)\n"
+        "scale, offset = torch.ones(64, 8).half(), torch.zeros(64, 8)\n"
+        "w = compiled.dense(pack(codes, 4), scale, offset, 4, torch.float32, planes=2)\n"
+        "assert torch.equal(w, codes.float())\n"
+    )
+    for cpu in ({"ATEN_CPU_CAPABILITY": "avx2"}, {}):  # where this one has AVX-512, they differ
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **cpu}
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, check=True)
 
 
 def test_it_is_compiled_only_after_much_work_and_goes_on_where_that_fails(monkeypatch):
