@@ -24,7 +24,8 @@ is judged:
   and how often the greedy answer is the response, but for spaces at both ends.
 * Of equal scores the first wins. Beside an accuracy p of n questions stands its standard error,
   sqrt(p (1 - p) / n).
-* A question that does not fit the model's context loses its beginning (BOS stays); it is counted.
+* A question that does not fit the model's context loses its beginning (BOS stays), a response its
+  end; they are counted.
 
 A question is read once, and its choices continue from its keys and values. Questions of equal
 length are read together, so the only padding comes after a choice, where causal attention never
@@ -327,7 +328,9 @@ def answers(
     texts, device = [None] * len(encoded), next(model.parameters()).device
     for batch in equal_length_batches(encoded, batch_size, progress):
         tokens_BT = torch.tensor([encoded[i] for i in batch], device=device)
-        rows = generate(model, tokens_BT, max_new_tokens, eos_token_ids=tokenizer.stops).tolist()
+        room = model.config.max_position_embeddings - tokens_BT.shape[1]
+        most = min(max_new_tokens, room)
+        rows = generate(model, tokens_BT, most, eos_token_ids=tokenizer.stops).tolist()
         for i, row in zip(batch, rows, strict=True):
             texts[i] = tokenizer.decode_after_space(row[len(encoded[i]) :])  # EOS has no text
     return texts
@@ -440,15 +443,15 @@ def judge_instructions(
     loss = response_loss(model, examples, batch_size, f"response loss, {path}")
     prepare_inference(model)
     longest = max(len(e.tokens) - e.prompt_length for e in examples)
-    room = limit - max(e.prompt_length for e in examples)
-    matches = exact_match(
-        model, tokenizer, records, min(longest, room), batch_size, f"exact match, {path}"
-    )
+    matches = exact_match(model, tokenizer, records, longest, batch_size, f"exact match, {path}")
     error = standard_error(matches, len(records))
     print(f"{path}: {len(records)} instructions")
     print(f"  loss a token of the response    {loss:.4f}")
     print(f"  answers equal to the response   {percent(matches, error)}")
-    report_truncated(truncated, len(records))
+    if truncated:
+        print(
+            f"{truncated} of {len(records)} were longer than the model's context and lost their end"
+        )
 
 
 def percent(accuracy: float, error: float) -> str:

@@ -107,7 +107,7 @@ def quantize_rtn(w_OI: Tensor, bits: int, group_size: int) -> Quantized:
     Raises UserError when `group_size` does not divide I, or when a group's range is not finite or
     too wide for a float16 scale.
     """
-    w_OGg = _grouped(w_OI.float(), group_size)
+    w_OGg = _grouped(w_OI.detach().float(), group_size)
     scale, offset = min_max_range(w_OGg, bits)
     return Quantized(nearest_codes(w_OGg, scale, offset, bits).view(w_OI.shape), scale, offset)
 
@@ -181,7 +181,7 @@ def quantize_gptq(
     in_features = w_OI.shape[1]
     _grouped(w_OI, group_size)
     factor = damped_factor(hessian_II, damping)
-    w = w_OI.float().t().contiguous()  # [I, O]: the weights of one input are contiguous
+    w = w_OI.detach().float().t().contiguous()  # [I, O]: the weights of one input are contiguous
     drift, error = torch.zeros_like(w), torch.empty_like(w)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     scales, offsets = [], []
@@ -263,8 +263,8 @@ def best_range(w_gO: Tensor, importance_g: Tensor, bits: int) -> tuple[Tensor, T
     """Scale [O] and offset [O] of the cut range whose nearest levels leave the least error.
 
     Errors are squared and weighted by importance. Tries to cut 0, 10, ... % off the range's lower
-    and upper end, then 5 % more or less of either. The more levels, the less it pays to cut: the
-    most is 40 % at 2 bits, 30 % at 3 and 20 % at 4.
+    and upper end, up to 40 % at 2 bits, 30 % at 3 and 20 % at 4: the more levels, the less it pays.
+    Then tries 5 % more or less at either end, which may also widen the range.
     """
     low, high = w_gO.amin(dim=0), w_gO.amax(dim=0)
     x_gO = (w_gO - low) / torch.where(high == low, 1, high - low)  # from 0 to 1

@@ -13,10 +13,11 @@ from typing import Any
 from cli.errors import UserError
 from text import byte_level, sentencepieces
 from text.tokenizer import JSON, MODEL, Tokenizer, make_tokenizer
-from text.vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, unused
+from text.vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, padding_name
 
 PREFIX = "tokenizer.ggml."
-# Tokens that end a text or a turn, whatever a file says of their kind (llama.cpp's llama-vocab.cpp)
+# Some of the tokens that end a text or a turn for llama.cpp, whatever a file says of their kind
+# (llama-vocab.cpp)
 ENDS = (
     "</s>",
     "<|endoftext|>",
@@ -46,17 +47,22 @@ def tokenizer_of(metadata: dict[str, Any], path: pathlib.Path) -> Tokenizer:
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         raise UserError(f"{path}: its vocabulary has no pieces; fetch it again")
     kinds = numbers(found, "token_type", pieces, path)
-    if not all(kind in range(1, 7) for kind in kinds):
+    if not all(k in range(1, 7) for k in kinds):
         raise UserError(f"{path}: {PREFIX}token_type has other numbers than 1 to 6; fetch it again")
-    for i, piece in enumerate(pieces):
-        if piece in ENDS:
-            kinds[i] = CONTROL
     special = special_ids(found, pieces, path)
+    for i, piece in enumerate(pieces):
+        framing = i in (special["bos"], special["eos"]) and kinds[i] in (NORMAL, USER_DEFINED)
+        ending = i in (special["eot"], special["eom"]) and kinds[i] == USER_DEFINED
+        if piece in ENDS or framing or ending:
+            kinds[i] = CONTROL
+    if kind == "llama":
+        scores = [float(score) for score in numbers(found, "scores", pieces, path)]
+    else:
+        byte_level.tokenizers_package()  # where it is missing the file is not at fault
     try:
         if kind == "llama":
             if UNKNOWN not in kinds:
                 kinds[special["unknown"]] = UNKNOWN
-            scores = [float(score) for score in numbers(found, "scores", pieces, path)]
             adds_space = bool(found.get("add_space_prefix", True))
             files = {MODEL: sentencepieces.make_model(pieces, scores, kinds, adds_space)}
         else:
@@ -115,11 +121,13 @@ def rules(found: dict, pieces: list[str], special: dict[str, int | None]) -> dic
 
 
 def numbers(found: dict, name: str, pieces: list[str], path: pathlib.Path) -> list:
-    """A list with a number for each piece; of token_type, which may be missing, NORMAL then."""
+    """A number for each piece; where token_type is missing, NORMAL for all."""
     values = found.get(name)
     if values is None and name == "token_type":
         values = [NORMAL] * len(pieces)
     are_numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
+    if are_numbers:
+        are_numbers = all(abs(v) < 1e38 for v in values)  # scores are kept in float32
     if not are_numbers or len(values) != len(pieces):
         raise UserError(
             f"{path}: {PREFIX}{name} does not have a number for each of its {len(pieces)} pieces; "
@@ -140,7 +148,7 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     pieces, kinds = tokenizer.vocabulary.pieces, tokenizer.vocabulary.kinds
     tokenizer.check_fits(size, "the model")
     padding = range(len(pieces), size)
-    pieces = [*pieces, *(unused(i) for i in padding)][:size]
+    pieces = [*pieces, *(padding_name(i) for i in padding)][:size]
     kinds = [*kinds, *(UNUSED for _ in padding)][:size]
     if MODEL in tokenizer.files:
         write_pieces(writer, tokenizer, scores_in_model(tokenizer.files[MODEL]), size)
@@ -153,7 +161,13 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     writer.add_add_bos_token(bool(tokenizer.bos))
     writer.add_add_eos_token(False)
     writer.add_eos_token_id(tokenizer.eos)
-    others = [i for i in tokenizer.stops if i != tokenizer.eos and pieces[i] not in ENDS]
+    stops = [i for i in tokenizer.stops if i < size]
+    others = [i for i in stops if i != tokenizer.eos and pieces[i] not in ENDS]
+    if len(others) > 2:
+        raise UserError(
+            f"GGUF has room for three tokens that end a text, and this tokenizer has {len(stops)}; "
+            "take some out of eos_token_id in its generation_config.json"
+        )
     for add, i in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
         add(i)
     if tokenizer.bos:

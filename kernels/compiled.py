@@ -46,10 +46,11 @@ def _plane_by_plane(packed, scale, offset, bits, dtype):  # scale, offset [O, pl
         # rounds nothing and saves the shifts
         at = k // 2 * 2 if bits == 3 else bits * k
         if bits == 3:
-            first, second, high = packed.chunk(3, dim=1)  # low bits of even, of odd planes
+            # Two planes of high bits lie in one plane of low bits: the even one in its first half
+            first, second, high = packed.chunk(3, dim=1)
             low = second if k % 2 else first
-            codes = number(low & 3 << at) + number(high & 1 << k) * 2.0 ** (2 + at - k)
+            codes = number(low & (3 << at)) + number(high & (1 << k)) * 2.0 ** (2 + at - k)
         else:
-            codes = number(packed & 2**bits - 1 << at)
+            codes = number(packed & ((2**bits - 1) << at))
         made.append((codes * (scale[:, k] * 2.0**-at) + offset[:, k]).to(dtype))
     return torch.stack(made, dim=1).view(rows, -1)

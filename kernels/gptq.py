@@ -1,4 +1,4 @@
-"""Two steps of GPTQ with few launches on a GPU, and in a CPU's cache.
+"""Two steps of GPTQ with few launches on a GPU, the second in a CPU's cache.
 
 Calling a small kernel takes longer than its work, on a GPU above all.
 """
@@ -20,7 +20,7 @@ def gram(x_NI: Tensor) -> Tensor:
 def best_trial(
     x_gO: Tensor, importance_g: Tensor, trials_T2O: Tensor, bits: int, cut: Tensor, least: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(cut [2, O], its error [O]): the best of T trials and of those before.
+    """(cut [2, O], its error [O]): the best of T trials and of `cut`, whose error is `least`.
 
     A trial says how much of the range from 0 to 1 to cut below and above. On a CPU as many are
     tried at once as fit into its cache.

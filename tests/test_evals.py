@@ -347,6 +347,20 @@ def test_answers_do_not_depend_on_who_is_asked_beside(tokenizer, prompts, batch_
     assert evals.answers(model, tokenizer, prompts, 6, batch_size) == alone
 
 
+def test_only_an_answer_whose_prompt_nearly_fills_the_context_is_cut_short(tokenizer):
+    model = random_llama(vocab=330)
+    long, short = "he is using wrap " * 5, "he"
+    room = 64 - len(tokenizer.encode_prompt(long))
+    assert 0 < room < 30
+    together = evals.answers(model, tokenizer, [long, short], 30)
+    alone = [
+        evals.answers(model, tokenizer, [long], room),
+        evals.answers(model, tokenizer, [short], 30),
+    ]
+    assert together == [text for texts in alone for text in texts]
+    assert together[1] != evals.answers(model, tokenizer, [short], room)[0], "cut short as well"
+
+
 def test_an_answer_ends_at_eos(tokenizer):
     model, prompt = random_llama(torch.float64, vocab=330), "What is it?"
     free = continuation(model, [1, *tokenizer.encode(prompt)], 6)
@@ -445,6 +459,9 @@ def test_instructions_are_judged_by_loss_and_equal_answers(
     file.write_text(json.dumps({"instruction": "he is using wrap " * 90, "output": "x"}))
     status, _, error = run_in_process(monkeypatch, capsys, evals.main, *words)
     assert status == 2 and "1 prompts fill the model's context of 512 tokens" in error
+    file.write_text(json.dumps({"instruction": "he is", "output": "wrap " * 600}))
+    status, out, error = run_in_process(monkeypatch, capsys, evals.main, *words)
+    assert status == 0 and "1 of 1 were longer than the model's context and lost their end" in out
 
 
 @pytest.mark.parametrize(

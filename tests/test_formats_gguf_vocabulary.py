@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import sys
 
 import pytest
 from fixtures_gguf import CONFIG, TEXTS, float_model
@@ -16,6 +18,7 @@ import merge
 import sample
 import train
 from cli.errors import UserError
+from formats.gguf_vocabulary import tokenizer_of
 from formats.quantized import save_quantized
 from quant import quantize_model
 from text import byte_level
@@ -137,6 +140,45 @@ def test_ends_that_llama_cpp_does_not_know_by_name_are_in_the_file(folder_of, tm
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5, 7]}')
     export.export(folder, tmp_path / "m.gguf")
     assert set(formats.load_tokenizer(tmp_path / "m.gguf").stops) == {2, 5, 7}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5, 7, 32007]}')
+    export.export(folder, tmp_path / "m.gguf")  # the vocabulary has no 32007
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5, 7, 9]}')
+    with pytest.raises(UserError, match="has room for three tokens .* this tokenizer has 4"):
+        export.export(folder, tmp_path / "n.gguf")
+    assert not (tmp_path / "n.gguf").exists()
+
+
+@pytest.mark.parametrize("name, kind", [("eos", 1), ("eos", 4), ("bos", 1), ("eot", 4), ("eom", 4)])
+def test_what_a_file_calls_the_end_or_the_beginning_is_never_made_of_a_text(
+    byte_level_file, learned, name, kind
+):
+    pieces, kinds, _ = learned
+    more = range(len(pieces), BYTE_LEVEL.vocab_size)
+    names = ["<|it|>", *(f"<more{i}>" for i in more[1:])]
+    path = byte_level_file(
+        tokens=([*pieces, *names], V.ARRAY),
+        token_type=([*kinds, kind, *(5 for _ in names[1:])], V.ARRAY),
+        **{f"{name}_token_id": (len(pieces), V.UINT32)},
+    )
+    tokenizer = formats.load_tokenizer(path)
+    assert len(pieces) not in tokenizer.encode("a<|it|>b") and tokenizer.decode([len(pieces)]) == ""
+
+
+def test_without_the_tokenizers_package_the_file_is_not_called_damaged(
+    byte_level_file, monkeypatch
+):
+    path = byte_level_file()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="run: pip install tokenizers$"):
+        formats.load_tokenizer(path)
+
+
+@pytest.mark.parametrize("score", [1e39, float("nan"), float("inf")])
+def test_scores_beyond_float32_are_refused(score):
+    metadata = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>"], "scores": [0.0, 0.0, score]}
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+    with pytest.raises(UserError, match="^a.gguf: tokenizer.ggml.scores does not have a number"):
+        tokenizer_of(metadata, pathlib.Path("a.gguf"))
 
 
 def test_without_kinds_all_pieces_but_known_ends_are_ordinary(byte_level_file, learned):

@@ -32,6 +32,13 @@ def test_plain_gptq_without_any_input_is_rtn(bits, rows, groups, group_size, see
     assert same(gptq, quantize_rtn(w, bits, group_size))
 
 
+@pytest.mark.parametrize("search", [False, True])
+def test_a_layers_own_weight_is_quantized_without_gradients(search):
+    weight = torch.nn.Parameter(normal(0, 8, 64).float())
+    for found in (quantize_gptq(weight, torch.eye(64), 4, 32, search), quantize_rtn(weight, 4, 32)):
+        assert not found.offset.requires_grad and not found.scale.requires_grad
+
+
 def replay_published_gptq(w_OI, hessian_II, quantized, bits, group_size):
     """GPTQ as published (algorithm 1), in float64; by how much `quantized` differs from it.
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cli.errors import UserError
 from text import byte_level
 from text.tokenizer import JSON, load_tokenizer, make_tokenizer
+from text.vocabulary import CONTROL, NORMAL
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: pip install tokenizers")
 
@@ -153,6 +154,13 @@ def test_another_way_to_cut_words_has_no_name(tokenizer):
     assert byte_level.words_of(json.dumps(content).encode()) is None
 
 
+@pytest.mark.parametrize("field", ["end_of_word_suffix", "continuing_subword_prefix"])
+def test_marks_at_the_ends_of_words_have_no_name_in_gguf(tokenizer, field):
+    content = json.loads(tokenizer.files[JSON])
+    content["model"] |= {field: "</w>", "merges": []}
+    assert byte_level.words_of(json.dumps(content).encode()) is None
+
+
 def test_a_normalizer_has_no_name_in_gguf(tokenizer):
     content = json.loads(tokenizer.files[JSON])
     content["normalizer"] = {"type": "NFC"}
@@ -220,6 +228,27 @@ def test_rules_that_do_not_fit_are_refused_in_one_line(tokenizer, beside, said):
     with pytest.raises(UserError, match=said) as e:
         with_files(tokenizer, **beside)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_piece_that_is_named_as_a_control_token_is_never_made_of_a_text(learned, name):
+    pieces, kinds, merges = learned
+    content = byte_level.make_json([*pieces, "<|it|>"], [*kinds, NORMAL], merges, "smollm", None)
+    config = END | {name: "<|it|>", "add_bos_token": False}
+    found = make_tokenizer(
+        {JSON: content, "tokenizer_config.json": json.dumps(config).encode()}, "t"
+    )
+    other = make_tokenizer({JSON: content, "tokenizer_config.json": json.dumps(END).encode()}, "t")
+    assert len(pieces) not in found.encode("a<|it|>b") and found.decode([len(pieces)]) == ""
+    assert other.decode([len(pieces)]) == "<|it|>" and found.digest() != other.digest()
+
+
+def test_a_control_token_that_is_an_ordinary_word_is_refused(learned):
+    pieces, kinds, merges = learned
+    content = byte_level.make_json([*pieces, "EOT"], [*kinds, CONTROL], merges, "llama-bpe", None)
+    files = {JSON: content, "tokenizer_config.json": json.dumps(END).encode()}
+    with pytest.raises(UserError, match="spells the control token 'EOT'"):
+        make_tokenizer(files, "t")
 
 
 def test_an_empty_name_is_none(tokenizer):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from cli.errors import UserError
 from text.instructions import read_records
-from text.tokenizer import load_tokenizer, train_tokenizer
-from text.vocabulary import CONTROL, UNKNOWN, UNUSED
+from text.sentencepieces import piece_field
+from text.tokenizer import MODEL, load_tokenizer, make_tokenizer, train_tokenizer
+from text.vocabulary import CONTROL, UNKNOWN, UNUSED, USER_DEFINED
 
 
 @given(TEXTS)
@@ -110,6 +111,32 @@ def renamed(tokenizer, old, new):
     content, field = tokenizer.files["tokenizer.model"], b"\x0a%c" % len(old)
     assert content.count(field + old) == 1
     return content.replace(field + old, field + new)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        dict(tokenizer_config={"eos_token": "<|im_end|>"}),
+        dict(tokenizer_config={"bos_token": "<|im_end|>"}),
+        dict(generation_config={"eos_token_id": [2, 512]}),
+        dict(tokenizer_config={"added_tokens_decoder": {"512": {"content": "<|im_end|>"}}}),
+    ],
+)
+def test_a_piece_that_the_rules_call_a_control_token_is_one_whatever_the_model_says(
+    toy_tokenizer, beside
+):
+    content = toy_tokenizer.files[MODEL] + piece_field("<|im_end|>", 0.0, USER_DEFINED)
+    itself = make_tokenizer({MODEL: content}, "t")
+    assert 512 in itself.encode("a<|im_end|>b") and itself.vocabulary.kinds[512] == USER_DEFINED
+    ruled = with_files(itself, **beside)
+    assert 512 not in ruled.encode("a<|im_end|>b") and ruled.decode([512]) == ""
+    assert ruled.decode(ruled.encode("a<|im_end|>b")) == "a<|im_end|>b"
+    assert ruled.files[MODEL] == content and ruled.digest() != itself.digest()
+
+
+def test_an_end_that_the_vocabulary_lacks_ends_nothing(toy_tokenizer):
+    ruled = with_files(toy_tokenizer, generation_config={"eos_token_id": [2, 32007]})
+    assert ruled.stops == (2,)
 
 
 def test_a_tokenizer_without_eos_is_refused(toy_tokenizer, tmp_path):

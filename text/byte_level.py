@@ -24,7 +24,7 @@ from text.vocabulary import (
     UNUSED,
     USER_DEFINED,
     Vocabulary,
-    unused,
+    padding_name,
 )
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -61,7 +61,8 @@ def tokenizers_package() -> ModuleType:
 def open_json(content: bytes, controls: set, where: str | pathlib.Path) -> Vocabulary:
     """The vocabulary in the bytes of a tokenizer.json; `where` is for errors.
 
-    controls: texts and ids of added tokens that are control tokens even where the file says no.
+    controls: texts of pieces, and ids of added tokens, that are control tokens even where the file
+    says no. Other pieces stay what they are, even if they end an answer, as a line break may.
 
     A byte that the vocabulary lacks is left out of a text: SmolLM2's lacks 21 of 256, of which six
     are control characters and the others rare planes or no part of UTF-8. Raises UserError for what
@@ -72,8 +73,13 @@ def open_json(content: bytes, controls: set, where: str | pathlib.Path) -> Vocab
         fields = json.loads(content)
         kind = fields["model"]["type"]
         fields["model"]["dropout"] = None  # with it, tokens would be random
-        for token in fields.get("added_tokens") or []:
+        added = fields["added_tokens"] = fields.get("added_tokens") or []
+        for token in added:
             token["special"] |= token["content"] in controls or token["id"] in controls
+        known = {token["id"] for token in added}
+        for piece, i in fields["model"]["vocab"].items() if kind == "BPE" else ():
+            if i not in known and piece in controls:
+                added.append(added_token(piece, i))
         tokenizer = package.Tokenizer.from_str(json.dumps(fields))
         plain, framed = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
         if max(tokenizer.get_vocab().values(), default=0) >= MOST:
@@ -100,11 +106,17 @@ def open_json(content: bytes, controls: set, where: str | pathlib.Path) -> Vocab
     return Vocabulary(pieces, kinds, bos, None, adds_space, encode_all, tokenizer.decode)
 
 
+def added_token(piece: str, i: int) -> dict:
+    """A control token as a tokenizer.json has it."""
+    no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": piece, "special": True, **no}
+
+
 def pieces_of(tokenizer: Any) -> tuple[list[str], list[int]]:
     """(pieces, kinds) of every id of a `tokenizers.Tokenizer`."""
     added, model = tokenizer.get_added_tokens_decoder(), tokenizer.model
     ids = tokenizer.get_vocab(with_added_tokens=True)
-    pieces = [unused(i) for i in range(max(ids.values(), default=-1) + 1)]
+    pieces = [padding_name(i) for i in range(max(ids.values(), default=-1) + 1)]
     kinds = [UNUSED] * len(pieces)
     for piece, i in ids.items():
         pieces[i], kinds[i] = piece, NORMAL
@@ -174,12 +186,15 @@ def cutter(words: str) -> Any:
 def words_of(content: bytes) -> str | None:
     """The name in WORDS of how a tokenizer.json cuts a text into words; None if it has none."""
     tokenizer = tokenizers_package().Tokenizer.from_str(content.decode())
+    model = tokenizer.model
+    if model.end_of_word_suffix or model.continuing_subword_prefix:
+        return None
     if tokenizer.normalizer is not None or tokenizer.pre_tokenizer is None:
         return None
     found = tokenizer.pre_tokenizer.pre_tokenize_str(PROBE)
     for name in WORDS:
         same = found == cutter(name).pre_tokenize_str(PROBE)
-        if same and tokenizer.model.ignore_merges == (name in WHOLE_WORDS):
+        if same and model.ignore_merges == (name in WHOLE_WORDS):
             return name
     return None
 
@@ -196,9 +211,9 @@ def falls_back_to_bytes(content: bytes) -> bool:
 
 
 def changes_characters(content: bytes) -> bool:
-    """Whether such a tokenizer.json does more to a text than writing spaces as U+2581."""
+    """Whether a tokenizer.json made of a sentencepiece model changes more than spaces to U+2581."""
     fields = json.loads(content)
-    normalizer, cutter = fields.get("normalizer") or {}, fields.get("pre_tokenizer") or {}
+    normalizer, words = fields.get("normalizer") or {}, fields.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     plain = (
         {"type": "Prepend", "prepend": "▁"},
@@ -207,7 +222,7 @@ def changes_characters(content: bytes) -> bool:
     for step in steps:
         if not any(known.items() <= step.items() for known in plain):
             return True
-    return cutter.get("type") is not None and cutter.get("replacement") != "▁"
+    return words.get("type") is not None and words.get("replacement") != "▁"
 
 
 # ---- Meta's file of LLaMA-3

@@ -13,17 +13,28 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 
 from cli.errors import UserError
-from text.vocabulary import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, unused
+from text.vocabulary import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    padding_name,
+)
 
 
 def open_model(
-    content: bytes, added: dict[int, tuple[str, bool]], where: str | pathlib.Path
+    content: bytes, added: dict[int, tuple[str, bool]], controls: set, where: str | pathlib.Path
 ) -> Vocabulary:
     """The vocabulary in the bytes of a sentencepiece model, and `added` tokens after its pieces.
 
     added: {id: (text, whether it is a control token)}, as Hugging Face keeps them beside the model.
-    `where` is for errors. Raises UserError for what is no sentencepiece model.
+    controls: texts of pieces, and ids of user-defined ones, that are control tokens even where the
+    model says no. `where` is for errors. Raises UserError for what is no sentencepiece model.
     """
+    open_processor(content, where)
+    content = with_controls(content, controls | {i for i in added if added[i][1]})
     processor, more = open_processor(content, where), []
     try:
         known = {processor.id_to_piece(i) for i in range(processor.vocab_size())}
@@ -32,7 +43,7 @@ def open_model(
     for i in range(processor.vocab_size(), max(added, default=0) + 1):
         text, is_control = added.get(i, ("", True))
         if not text or text in known:
-            text, kind = unused(i), UNUSED
+            text, kind = padding_name(i), UNUSED
         else:
             kind = CONTROL if is_control else USER_DEFINED
         known.add(text)
@@ -41,10 +52,9 @@ def open_model(
         content += b"".join(more)
         processor = open_processor(content, where)
     bos, eos = processor.bos_id(), processor.eos_id()
-    pieces = [dict(fields(value)) for number, value in fields(content) if number == 1]
     return Vocabulary(
-        pieces=[piece[1].decode() for piece in pieces],
-        kinds=[piece.get(3, 1) for piece in pieces],
+        pieces=[processor.id_to_piece(i) for i in range(processor.vocab_size())],
+        kinds=kinds_in(content),
         bos=None if bos < 0 else bos,
         eos=None if eos < 0 else eos,
         adds_space=processor.encode("a", out_type=str)[0].startswith("▁"),
@@ -67,9 +77,24 @@ def open_processor(
         ) from None
 
 
-def count(content: bytes) -> int:
-    """How many pieces a model has."""
-    return sum(number == 1 for number, _ in fields(content))
+def kinds_in(content: bytes) -> list[int]:
+    """The kind of every piece of a model."""
+    return [dict(fields(value)).get(3, NORMAL) for number, value in fields(content) if number == 1]
+
+
+def with_controls(content: bytes, controls: set) -> bytes:
+    """The model with pieces as control tokens where `open_model` is told so."""
+    changed, i = [], 0
+    for number, value in fields(content):
+        if number == 1:
+            piece = dict(fields(value))
+            text, kind = piece[1].decode(errors="replace"), piece.get(3, NORMAL)
+            named = text in controls and kind in (NORMAL, USER_DEFINED)
+            if named or (i in controls and kind == USER_DEFINED):
+                value += _field(3, CONTROL)  # of a field that stands twice the last one counts
+            i += 1
+        changed.append(_field(number, value))
+    return b"".join(changed)
 
 
 def train_model(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -92,14 +92,15 @@ class Tokenizer:
 
     def digest(self) -> str:
         """SHA-256 of what decides a text's tokens: its file and, if others say more, the rules."""
-        content, pieces = self.files.get(MODEL), self.vocabulary.pieces
+        content, (pieces, kinds, *_) = self.files.get(MODEL), self.vocabulary
         sha = hashlib.sha256(content or self.files[JSON])
         rules = [self.bos, self.eos, self.stops]
         if rules != [(self.vocabulary.bos,), self.vocabulary.eos, (self.eos,)]:
             sha.update(json.dumps(rules).encode())
-        own = sentencepieces.count(content) if content else len(pieces)
-        if len(pieces) > own:
-            sha.update(json.dumps([pieces[own:], self.vocabulary.kinds[own:]]).encode())
+        own = sentencepieces.kinds_in(content) if content else []
+        if kinds != own:
+            changed = [i for i, kind in enumerate(own) if kind != kinds[i]]
+            sha.update(json.dumps([pieces[len(own) :], kinds[len(own) :], *changed]).encode())
         return sha.hexdigest()
 
     def save(self, folder: str | pathlib.Path) -> None:
@@ -114,8 +115,9 @@ class Tokenizer:
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """Reads a tokenizer's file, or that of a model folder or of a run's base/.
 
-    What stands beside the file, such as tokenizer_config.json, is read as well. Raises UserError if
-    there is none, if it is damaged, or if it does not say what ends a text.
+    What stands beside the file, such as tokenizer_config.json, is read as well, but for Meta's file
+    of LLaMA-3, whose rules are known. Raises UserError if there is no tokenizer, if it is damaged,
+    or if it does not say what ends a text.
     """
     path = pathlib.Path(path)
     file = path if path.is_file() else find_tokenizer(path)
@@ -165,7 +167,7 @@ def make_tokenizer(files: dict[str, bytes], where: str | pathlib.Path) -> Tokeni
         vocabulary = byte_level.open_json(files[JSON], controls, where)
     else:
         added = added_tokens(beside, controls, where)
-        vocabulary = sentencepieces.open_model(files[MODEL], added, where)
+        vocabulary = sentencepieces.open_model(files[MODEL], added, controls, where)
     bos = id_of_named(config, "bos_token", vocabulary, where)
     eos = id_of_named(config, "eos_token", vocabulary, where)
     adds_bos = config.get("add_bos_token")
@@ -177,8 +179,24 @@ def make_tokenizer(files: dict[str, bytes], where: str | pathlib.Path) -> Tokeni
     for name, missing in (("BOS", adds_bos and bos is None), ("EOS", eos is None)):
         if missing:
             raise UserError(f"{where} has no {name}; use the tokenizer that belongs to the model")
-    all_stops = tuple(dict.fromkeys([eos, *stops]))
+    check_controls(vocabulary, where)
+    # One that the vocabulary lacks, of another model's generation_config.json, ends nothing
+    all_stops = tuple(dict.fromkeys(i for i in [eos, *stops] if i < len(vocabulary.pieces)))
     return Tokenizer(files, vocabulary, (bos,) if adds_bos else (), eos, all_stops)
+
+
+def check_controls(vocabulary: Vocabulary, where: str | pathlib.Path) -> None:
+    """Raises UserError where a text that spells a control token would become one."""
+    kinds = vocabulary.kinds
+    controls = [
+        piece for piece, kind in zip(vocabulary.pieces, kinds, strict=True) if kind == CONTROL
+    ]
+    for piece, tokens in zip(controls, vocabulary.encode_all(controls), strict=True):
+        if any(kinds[i] == CONTROL for i in tokens):
+            raise UserError(
+                f"{where}: a text that spells the control token {piece!r} would become one; use a "
+                "tokenizer that keeps them apart"
+            )
 
 
 def read_rules(beside: dict[str, dict], where: str | pathlib.Path) -> tuple[dict, list[int]]:

@@ -21,6 +21,6 @@ class Vocabulary(NamedTuple):
     decode: Callable[[list[int]], str]  # control pieces have no text
 
 
-def unused(i: int) -> str:
+def padding_name(i: int) -> str:
     """The name of a piece that fills up a vocabulary."""
     return f"[PAD{i}]"
