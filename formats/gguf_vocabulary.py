@@ -13,7 +13,7 @@ from typing import Any
 from cli.errors import UserError
 from text import byte_level, sentencepieces
 from text.tokenizer import JSON, MODEL, Tokenizer, make_tokenizer
-from text.vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, padding_name
+from text.vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, padding_name
 
 PREFIX = "tokenizer.ggml."
 # Some of the tokens that end a text or a turn for llama.cpp, whatever a file says of their kind
@@ -51,9 +51,7 @@ def tokenizer_of(metadata: dict[str, Any], path: pathlib.Path) -> Tokenizer:
         raise UserError(f"{path}: {PREFIX}token_type has other numbers than 1 to 6; fetch it again")
     special = special_ids(found, pieces, path)
     for i, piece in enumerate(pieces):
-        framing = i in (special["bos"], special["eos"]) and kinds[i] in (NORMAL, USER_DEFINED)
-        ending = i in (special["eot"], special["eom"]) and kinds[i] == USER_DEFINED
-        if piece in ENDS or framing or ending:
+        if piece in ENDS:
             kinds[i] = CONTROL
     if kind == "llama":
         scores = [float(score) for score in numbers(found, "scores", pieces, path)]

@@ -134,6 +134,16 @@ def test_a_piece_that_the_rules_call_a_control_token_is_one_whatever_the_model_s
     assert ruled.files[MODEL] == content and ruled.digest() != itself.digest()
 
 
+def test_a_digest_tells_which_pieces_the_rules_made_control_tokens(toy_tokenizer):
+    more = piece_field("<a>", 0.0, USER_DEFINED) + piece_field("<b>", 0.0, USER_DEFINED)
+    itself = make_tokenizer({MODEL: toy_tokenizer.files[MODEL] + more}, "t")
+    digests = {itself.digest()}
+    for i, text in ((512, "<a>"), (513, "<b>")):
+        config = {"added_tokens_decoder": {str(i): {"content": text, "special": True}}}
+        digests.add(with_files(itself, tokenizer_config=config).digest())
+    assert len(digests) == 3
+
+
 def test_an_end_that_the_vocabulary_lacks_ends_nothing(toy_tokenizer):
     ruled = with_files(toy_tokenizer, generation_config={"eos_token_id": [2, 32007]})
     assert ruled.stops == (2,)
