@@ -349,7 +349,7 @@ def test_answers_do_not_depend_on_who_is_asked_beside(tokenizer, prompts, batch_
 
 def test_only_an_answer_whose_prompt_nearly_fills_the_context_is_cut_short(tokenizer):
     model = random_llama(vocab=330)
-    long, short = "he is using wrap " * 5, "?"
+    long, short = "?" * 40, "?"
     room = 64 - len(tokenizer.encode_prompt(long))
     assert 0 < room < 30
     together = evals.answers(model, tokenizer, [long, short], 30)

@@ -185,6 +185,8 @@ def test_without_kinds_all_pieces_but_known_ends_are_ordinary(byte_level_file, l
     tokenizer = formats.load_tokenizer(byte_level_file(token_type=None))
     assert tokenizer.encode("<|begin|>") != tokenizer.encode("<|end|>")
     assert 1 not in tokenizer.encode("a<|end|>b")
+    without = byte_level_file(token_type=None, eos_token_id=(0, V.UINT32))
+    assert formats.load_tokenizer(without).decode([1]) == "", "a control token has no text"
 
 
 @given(ANY_TEXTS)
