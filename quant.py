@@ -175,7 +175,7 @@ def quantize_gptq(
     search=False: a range reaches from a group's least to its greatest weight. search=True may cut
     it, and fits scale and offset to the codes, as real offsets allow. On the 1024 x 1024 layer of
     tests/test_quant_search.py the relative output error at 2, 3, 4 bits is 0.188, 0.091 and 0.045
-    instead of 0.430, 0.145 and 0.065 (RTN: 0.393, 0.168, 0.078).
+    instead of 0.430, 0.145 and 0.065 (RTN: 0.393, 0.168, 0.078). damping: see `damped_factor`.
     Other arguments, result and errors as in `quantize_rtn`.
     """
     in_features = w_OI.shape[1]

@@ -174,14 +174,15 @@ def make_tokenizer(files: dict[str, bytes], where: str | pathlib.Path) -> Tokeni
     if adds_bos is None:  # a tokenizer.json says so itself; LLaMA's tokenizer.model means it
         adds_bos = vocabulary.bos is not None or (MODEL in files and bos is not None)
     bos = vocabulary.bos if bos is None else bos
-    for other in (vocabulary.eos, *stops):
-        eos = other if eos is None else eos
-    for name, missing in (("BOS", adds_bos and bos is None), ("EOS", eos is None)):
-        if missing:
-            raise UserError(f"{where} has no {name}; use the tokenizer that belongs to the model")
-    check_controls(vocabulary, where)
     # One that the vocabulary lacks, of another model's generation_config.json, ends nothing
-    all_stops = tuple(dict.fromkeys(i for i in [eos, *stops] if i < len(vocabulary.pieces)))
+    stops = [i for i in stops if i < len(vocabulary.pieces)]
+    ends = [i for i in (eos, vocabulary.eos, *stops) if i is not None]
+    if not ends or (adds_bos and bos is None):
+        missing = "BOS" if ends else "EOS"
+        raise UserError(f"{where} has no {missing}; use the tokenizer that belongs to the model")
+    eos = ends[0]
+    check_controls(vocabulary, where)
+    all_stops = tuple(dict.fromkeys([eos, *stops]))
     return Tokenizer(files, vocabulary, (bos,) if adds_bos else (), eos, all_stops)
 
 
