@@ -49,6 +49,7 @@ def tokenizer_of(metadata: dict[str, Any], path: pathlib.Path) -> Tokenizer:
     kinds = numbers(found, "token_type", pieces, path)
     if not all(k in range(1, 7) for k in kinds):
         raise UserError(f"{path}: {PREFIX}token_type has other numbers than 1 to 6; fetch it again")
+    kinds = [int(k) for k in kinds]
     special = special_ids(found, pieces, path)
     for i, piece in enumerate(pieces):
         if piece in ENDS:
@@ -224,6 +225,7 @@ def check_like_llama(fields: list[tuple[int, bytes]]) -> None:
     normalizer = dict(sentencepieces.fields(dict(fields).get(3, b"")))
     differs = {
         "it is not a BPE model": trainer.get(3, 1) != 2,
+        "it has no pieces for bytes": not trainer.get(35, 0),
         "it puts spaces after words": trainer.get(24, 0),
         "it changes characters": normalizer.get(2),
         "it removes spaces": normalizer.get(4, 1),

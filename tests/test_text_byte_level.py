@@ -161,6 +161,14 @@ def test_marks_at_the_ends_of_words_have_no_name_in_gguf(tokenizer, field):
     assert byte_level.words_of(json.dumps(content).encode()) is None
 
 
+@pytest.mark.parametrize("field", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_that_take_spaces_with_them_have_no_name_in_gguf(tokenizer, field):
+    content = json.loads(tokenizer.files[JSON])
+    assert not content["added_tokens"][-1]["special"]
+    content["added_tokens"][-1][field] = True
+    assert byte_level.words_of(json.dumps(content).encode()) is None
+
+
 def test_a_normalizer_has_no_name_in_gguf(tokenizer):
     content = json.loads(tokenizer.files[JSON])
     content["normalizer"] = {"type": "NFC"}
@@ -243,12 +251,17 @@ def test_a_piece_that_is_named_as_a_control_token_is_never_made_of_a_text(learne
     assert other.decode([len(pieces)]) == "<|it|>" and found.digest() != other.digest()
 
 
-def test_a_control_token_that_is_an_ordinary_word_is_refused(learned):
+@pytest.mark.parametrize("text", ["EOT", "all the x", "a\nb"])
+def test_a_text_that_would_become_a_control_token_is_refused(learned, text):
     pieces, kinds, merges = learned
     content = byte_level.make_json([*pieces, "EOT"], [*kinds, CONTROL], merges, "llama-bpe", None)
-    files = {JSON: content, "tokenizer_config.json": json.dumps(END).encode()}
-    with pytest.raises(UserError, match="spells the control token 'EOT'"):
-        make_tokenizer(files, "t")
+    named = {"EOT": "EOT", "all the x": "Ġthe", "a\nb": "Ċ"}[text]
+    config = {"eos_token": named}
+    files = {JSON: content, "tokenizer_config.json": json.dumps(config).encode()}
+    tokenizer = make_tokenizer(files, "t")
+    assert tokenizer.encode("walk") and not tokenizer.controls & set(tokenizer.encode("a b"))
+    with pytest.raises(UserError, match=f"would become '{named}'"):
+        tokenizer.encode(text)
 
 
 def test_an_empty_name_is_none(tokenizer):
@@ -263,7 +276,9 @@ def test_what_ends_a_text_is_a_control_token_whatever_the_file_says(tokenizer):
         token["special"] = False
     files = {JSON: json.dumps(content).encode(), "tokenizer_config.json": json.dumps(END).encode()}
     found = make_tokenizer(files, "t")
-    assert 1 not in found.encode("a<|end|>b") and 0 in found.encode("a<|begin|>b")
+    assert 1 not in found.encode("a<|end|>b")
+    with pytest.raises(UserError, match=r"would become '<\|begin\|>'"):  # it is BOS, but not named
+        found.encode("a<|begin|>b")
 
 
 def test_tokens_are_never_random(tokenizer):

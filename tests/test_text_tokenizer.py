@@ -119,6 +119,8 @@ def renamed(tokenizer, old, new):
         dict(tokenizer_config={"eos_token": "<|im_end|>"}),
         dict(tokenizer_config={"bos_token": "<|im_end|>"}),
         dict(generation_config={"eos_token_id": [2, 512]}),
+        dict(special_tokens_map={"additional_special_tokens": ["<|im_end|>"]}),
+        dict(tokenizer_config={"additional_special_tokens": [{"content": "<|im_end|>"}]}),
         dict(tokenizer_config={"added_tokens_decoder": {"512": {"content": "<|im_end|>"}}}),
     ],
 )
@@ -132,6 +134,30 @@ def test_a_piece_that_the_rules_call_a_control_token_is_one_whatever_the_model_s
     assert 512 not in ruled.encode("a<|im_end|>b") and ruled.decode([512]) == ""
     assert ruled.decode(ruled.encode("a<|im_end|>b")) == "a<|im_end|>b"
     assert ruled.files[MODEL] == content and ruled.digest() != itself.digest()
+
+
+@pytest.mark.parametrize("end, text", [("<0x0A>", "a\nb"), ("▁is", "he is")])
+def test_a_text_that_would_become_the_end_is_refused(toy_tokenizer, end, text):
+    ruled = with_files(toy_tokenizer, tokenizer_config={"eos_token": end})
+    if end in ruled.vocabulary.pieces and ruled.vocabulary.kinds[ruled.eos] == CONTROL:
+        assert ruled.eos not in ruled.encode(text)  # it is spelled from smaller pieces
+    else:
+        with pytest.raises(UserError, match=f"would become '{end}'"):
+            ruled.encode(text)
+
+
+@pytest.mark.parametrize("more", [b"\x08\x01", b"\x10\x01", b"\x18\x01", b"\x0a\x02\x08\x05"])
+def test_fields_of_other_types_are_a_damaged_model(toy_tokenizer, more):
+    with pytest.raises(UserError, match="damaged"):
+        make_tokenizer({MODEL: toy_tokenizer.files[MODEL] + more}, "t")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xef\xbb\xbf{}"])
+def test_a_tokenizer_json_that_is_none_is_called_so(tmp_path, content):
+    pytest.importorskip("tokenizers", reason="needs tokenizers")
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match="is not a tokenizer.json or is damaged"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_digest_tells_which_pieces_the_rules_made_control_tokens(toy_tokenizer):

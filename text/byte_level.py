@@ -189,6 +189,9 @@ def words_of(content: bytes) -> str | None:
     model = tokenizer.model
     if model.end_of_word_suffix or model.continuing_subword_prefix:
         return None
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if not token.special and (token.lstrip or token.rstrip or token.single_word):
+            return None
     if tokenizer.normalizer is not None or tokenizer.pre_tokenizer is None:
         return None
     found = tokenizer.pre_tokenizer.pre_tokenize_str(PROBE)

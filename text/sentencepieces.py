@@ -34,7 +34,10 @@ def open_model(
     model says no. `where` is for errors. Raises UserError for what is no sentencepiece model.
     """
     open_processor(content, where)
-    content = with_controls(content, controls | {i for i in added if added[i][1]})
+    try:
+        content = with_controls(content, controls | {i for i in added if added[i][1]})
+    except (TypeError, KeyError, AttributeError):  # fields of other types, which it passes over
+        raise UserError(f"{where} is a damaged sentencepiece model; fetch it again") from None
     processor, more = open_processor(content, where), []
     try:
         known = {processor.id_to_piece(i) for i in range(processor.vocab_size())}
@@ -86,6 +89,8 @@ def with_controls(content: bytes, controls: set) -> bytes:
     """The model with pieces as control tokens where `open_model` is told so."""
     changed, i = [], 0
     for number, value in fields(content):
+        if not isinstance(value, bytes):
+            raise TypeError(f"field {number} is no message")
         if number == 1:
             piece = dict(fields(value))
             text, kind = piece[1].decode(errors="replace"), piece.get(3, NORMAL)

@@ -7,10 +7,11 @@ other.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from cli.errors import UserError
@@ -42,8 +43,26 @@ class Tokenizer:
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text; faster than one by one."""
-        return self.vocabulary.encode_all(texts)
+        """The tokens of each text; faster than one by one.
+
+        Raises UserError where one would be a control token, as only an unfit tokenizer makes it.
+        """
+        encoded = self.vocabulary.encode_all(texts)
+        for text, tokens in zip(texts, encoded, strict=True):
+            if not self.controls.isdisjoint(tokens):
+                piece = next(self.vocabulary.pieces[i] for i in tokens if i in self.controls)
+                raise UserError(
+                    f"the text {text[:40]!r} would become {piece!r}, which this tokenizer has for "
+                    "the beginning or end of a text or another control token; use the model's own "
+                    "tokenizer, with the files beside it"
+                )
+        return encoded
+
+    @functools.cached_property
+    def controls(self) -> frozenset[int]:
+        """The tokens that no text may become: BOS, EOS and all control tokens."""
+        kinds = enumerate(self.vocabulary.kinds)
+        return frozenset([*self.bos, self.eos, *(i for i, kind in kinds if kind == CONTROL)])
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The tokens of a prompt, after BOS if the model has one; EOS if there would be none."""
@@ -124,7 +143,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     content = file.read_bytes()
     if byte_level.is_tiktoken(content):
         return make_tokenizer(byte_level.from_tiktoken(content, file), file)
-    files = {JSON if content.lstrip().startswith(b"{") else MODEL: content}
+    is_json = file.suffix == ".json" or content.lstrip().startswith(b"{")
+    files = {JSON if is_json else MODEL: content}
     for name in BESIDE:
         if (file.parent / name).is_file():
             files[name] = (file.parent / name).read_bytes()
@@ -162,7 +182,7 @@ def make_tokenizer(files: dict[str, bytes], where: str | pathlib.Path) -> Tokeni
         path = pathlib.Path(where).with_name(name)
         beside[name] = json_object(files[name], path) if name in files else {}
     config, stops = read_rules(beside, where)
-    controls = {config.get("bos_token"), config.get("eos_token"), *stops}
+    controls = {config.get("bos_token"), config.get("eos_token"), *stops, *other_controls(beside)}
     if JSON in files:
         vocabulary = byte_level.open_json(files[JSON], controls, where)
     else:
@@ -181,23 +201,8 @@ def make_tokenizer(files: dict[str, bytes], where: str | pathlib.Path) -> Tokeni
         missing = "BOS" if ends else "EOS"
         raise UserError(f"{where} has no {missing}; use the tokenizer that belongs to the model")
     eos = ends[0]
-    check_controls(vocabulary, where)
     all_stops = tuple(dict.fromkeys([eos, *stops]))
     return Tokenizer(files, vocabulary, (bos,) if adds_bos else (), eos, all_stops)
-
-
-def check_controls(vocabulary: Vocabulary, where: str | pathlib.Path) -> None:
-    """Raises UserError where a text that spells a control token would become one."""
-    kinds = vocabulary.kinds
-    controls = [
-        piece for piece, kind in zip(vocabulary.pieces, kinds, strict=True) if kind == CONTROL
-    ]
-    for piece, tokens in zip(controls, vocabulary.encode_all(controls), strict=True):
-        if any(kinds[i] == CONTROL for i in tokens):
-            raise UserError(
-                f"{where}: a text that spells the control token {piece!r} would become one; use a "
-                "tokenizer that keeps them apart"
-            )
 
 
 def read_rules(beside: dict[str, dict], where: str | pathlib.Path) -> tuple[dict, list[int]]:
@@ -223,6 +228,16 @@ def read_rules(beside: dict[str, dict], where: str | pathlib.Path) -> tuple[dict
     if not all(type(i) is int and 0 <= i < MOST for i in ids):
         raise unfit(where, "generation_config.json", "eos_token_id", ids)
     return config, ids
+
+
+def other_controls(beside: dict[str, dict]) -> Iterator[str]:
+    """The texts of further control tokens that the files beside a vocabulary name."""
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        others = beside[file].get("additional_special_tokens")
+        for token in others if isinstance(others, list) else ():
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str) and text:
+                yield text
 
 
 def unfit(where: str | pathlib.Path, file: str, name: str, value: Any) -> UserError:
