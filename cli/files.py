@@ -102,6 +102,7 @@ def json_object(text: bytes, path: pathlib.Path) -> dict:
     """The object in a JSON file's text. UserError, naming `path`, if it holds anything else."""
     try:
         content = json.loads(text.decode())
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON ({e}); correct it, or fetch it again") from None
     if not isinstance(content, dict):

@@ -173,6 +173,17 @@ def test_without_the_tokenizers_package_the_file_is_not_called_damaged(
         formats.load_tokenizer(path)
 
 
+def test_kinds_may_be_written_as_floats(tmp_path, tokenizer_file):
+    def change(metadata, tensors):
+        kinds, array = metadata["tokenizer.ggml.token_type"]
+        metadata["tokenizer.ggml.token_type"] = [float(kind) for kind in kinds], array
+
+    own = load_tokenizer(tokenizer_file)
+    quantize_file(tmp_path / "in.gguf", CONFIG, own, change=change)
+    found = formats.load_tokenizer(tmp_path / "in.gguf")
+    assert found.encode(TEXTS[0]) == own.encode(TEXTS[0])
+
+
 @pytest.mark.parametrize("score", [1e39, float("nan"), float("inf")])
 def test_scores_beyond_float32_are_refused(score):
     metadata = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>"], "scores": [0.0, 0.0, score]}

@@ -122,7 +122,8 @@ def test_pieces_defined_by_the_user_are_marked(folder_of, tmp_path):
         (dict(model_type="unigram"), "not a BPE model"),
         (dict(normalization_rule_name="nmt_nfkc"), "changes characters"),
         (dict(remove_extra_whitespaces=True), "removes spaces"),
-        (dict(vocab_size=310), "the embedding 300"),
+        (dict(vocab_size=310), "has 300 rows"),
+        (dict(byte_fallback=False), "no pieces for bytes"),
         (dict(treat_whitespace_as_suffix=True), "spaces after words"),
     ],
 )

@@ -230,6 +230,7 @@ def test_training_learns_the_tokenizers_eos_and_generation_stops_at_all(
         (dict(tokenizer_config=END, generation_config={"eos_token_id": 10**20}), "is not sensible"),
         (dict(tokenizer_config=END | {"add_bos_token": "false"}), "add_bos_token = .false. is not"),
         (dict(tokenizer_config=[]), "tokenizer_config.json: expected a JSON object"),
+        (dict(tokenizer_config=END | {"chat_template": "\ud800"}), "surrogates not allowed"),
     ],
 )
 def test_rules_that_do_not_fit_are_refused_in_one_line(tokenizer, beside, said):
