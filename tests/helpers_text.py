@@ -22,3 +22,12 @@ def with_files(tokenizer, **beside):
     for other, content in beside.items():
         files[f"{other}.json"] = json.dumps(content).encode()
     return make_tokenizer(files, name)
+
+
+def harness_pair(encode, context, continuation):
+    """(context, continuation) in tokens by lm-evaluation-harness's rule, `_encode_pair`."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    before = encode(context)
+    return before, encode(context + continuation)[len(before) :]

@@ -258,10 +258,8 @@ def added_tokens(
             text = token["content"]
             is_control = token.get("special", True) or text in controls or int(i) in controls
             added[int(i)] = text, bool(is_control)
-        for i, (text, _) in added.items():
-            text.encode()  # half a surrogate pair is a ValueError
-            if not 0 <= i < MOST:
-                raise ValueError
+        if not all(isinstance(text, str) and 0 <= i < MOST for i, (text, _) in added.items()):
+            raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise UserError(
             f"{where}: the added tokens beside it are damaged; copy added_tokens.json and "
