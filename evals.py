@@ -370,13 +370,10 @@ def load(path: str | pathlib.Path, device: str) -> tuple[Llama, Tokenizer]:
     return model.to(compute_dtype(stored, device)), tokenizer
 
 
-def report_truncated(truncated: int, questions: int) -> None:
-    """Prints how many questions lost their beginning."""
+def report_truncated(truncated: int, of: str, part: str = "beginning") -> None:
+    """Prints how many of them, such as "500 questions", lost a part."""
     if truncated:
-        print(
-            f"{truncated} of {questions} questions were longer than the model's context and lost "
-            "their beginning"
-        )
+        print(f"{truncated} of {of} were longer than the model's context and lost their {part}")
 
 
 def judge_perplexity(
@@ -405,7 +402,7 @@ def judge_multiple_choice(
     print(f"{path}: {result['questions']} questions, accuracy and standard error")
     print(f"  by log-likelihood               {plain}")
     print(f"  by log-likelihood per character {normalized}")
-    report_truncated(result["truncated"], len(items))
+    report_truncated(result["truncated"], f"{len(items)} questions")
 
 
 def judge_mmlu(
@@ -423,7 +420,7 @@ def judge_mmlu(
     print(f"{what}, {path}: questions, accuracy and standard error")
     for name, count, accuracy, error in rows:
         print(f"  {name:40} {count:6} {percent(accuracy, error)}")
-    report_truncated(truncated, len(questions))
+    report_truncated(truncated, f"{len(questions)} questions")
 
 
 def judge_instructions(
@@ -448,10 +445,7 @@ def judge_instructions(
     print(f"{path}: {len(records)} instructions")
     print(f"  loss a token of the response    {loss:.4f}")
     print(f"  answers equal to the response   {percent(matches, error)}")
-    if truncated:
-        print(
-            f"{truncated} of {len(records)} were longer than the model's context and lost their end"
-        )
+    report_truncated(truncated, str(len(records)), "end")
 
 
 def percent(accuracy: float, error: float) -> str:

@@ -124,9 +124,9 @@ def numbers(found: dict, name: str, pieces: list[str], path: pathlib.Path) -> li
     values = found.get(name)
     if values is None and name == "token_type":
         values = [NORMAL] * len(pieces)
-    are_numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
-    if are_numbers:
-        are_numbers = all(abs(v) < 1e38 for v in values)  # scores are kept in float32
+    are_numbers = isinstance(values, list) and all(  # below 1e38, as float32 keeps them
+        type(v) in (int, float) and abs(v) < 1e38 for v in values
+    )
     if not are_numbers or len(values) != len(pieces):
         raise UserError(
             f"{path}: {PREFIX}{name} does not have a number for each of its {len(pieces)} pieces; "

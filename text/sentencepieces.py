@@ -33,27 +33,25 @@ def open_model(
     controls: texts of pieces, and ids of user-defined ones, that are control tokens even where the
     model says no. `where` is for errors. Raises UserError for what is no sentencepiece model.
     """
-    open_processor(content, where)
-    try:
-        content = with_controls(content, controls | {i for i in added if added[i][1]})
-    except (TypeError, KeyError, AttributeError):  # fields of other types, which it passes over
-        raise UserError(f"{where} is a damaged sentencepiece model; fetch it again") from None
     processor, more = open_processor(content, where), []
     try:
         known = {processor.id_to_piece(i) for i in range(processor.vocab_size())}
     except UnicodeDecodeError:
         raise UserError(f"{where}: a piece of it is not UTF-8; fetch the model's again") from None
     for i in range(processor.vocab_size(), max(added, default=0) + 1):
-        text, is_control = added.get(i, ("", True))
+        text, _ = added.get(i, ("", True))
+        kind = USER_DEFINED
         if not text or text in known:
             text, kind = padding_name(i), UNUSED
-        else:
-            kind = CONTROL if is_control else USER_DEFINED
         known.add(text)
         more.append(piece_field(text, 0.0, kind))
-    if more:
-        content += b"".join(more)
-        processor = open_processor(content, where)
+    ids = {i for i, (_, is_control) in added.items() if is_control}
+    try:
+        ruled = with_controls(content + b"".join(more), controls | ids)
+    except (TypeError, KeyError, AttributeError):  # fields of other types, which it passes over
+        raise UserError(f"{where} is a damaged sentencepiece model; fetch it again") from None
+    if ruled != content:
+        content, processor = ruled, open_processor(ruled, where)
     bos, eos = processor.bos_id(), processor.eos_id()
     return Vocabulary(
         pieces=[processor.id_to_piece(i) for i in range(processor.vocab_size())],

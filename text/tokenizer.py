@@ -186,7 +186,7 @@ def make_tokenizer(files: dict[str, bytes], where: str | pathlib.Path) -> Tokeni
     if JSON in files:
         vocabulary = byte_level.open_json(files[JSON], controls, where)
     else:
-        added = added_tokens(beside, controls, where)
+        added = added_tokens(beside, where)
         vocabulary = sentencepieces.open_model(files[MODEL], added, controls, where)
     bos = id_of_named(config, "bos_token", vocabulary, where)
     eos = id_of_named(config, "eos_token", vocabulary, where)
@@ -214,8 +214,7 @@ def read_rules(beside: dict[str, dict], where: str | pathlib.Path) -> tuple[dict
     config = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one decides
         for name in ("bos_token", "eos_token"):
-            token = beside[file].get(name)
-            token = token.get("content") if isinstance(token, dict) else token
+            token = text_of(beside[file].get(name))
             if token and not isinstance(token, str):
                 raise unfit(where, file, name, token)
             if token:
@@ -234,10 +233,14 @@ def other_controls(beside: dict[str, dict]) -> Iterator[str]:
     """The texts of further control tokens that the files beside a vocabulary name."""
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         others = beside[file].get("additional_special_tokens")
-        for token in others if isinstance(others, list) else ():
-            text = token.get("content") if isinstance(token, dict) else token
+        for text in map(text_of, others if isinstance(others, list) else ()):
             if isinstance(text, str) and text:
                 yield text
+
+
+def text_of(token: Any) -> Any:
+    """A token may be written as its text, or as an object with it."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def unfit(where: str | pathlib.Path, file: str, name: str, value: Any) -> UserError:
@@ -246,18 +249,14 @@ def unfit(where: str | pathlib.Path, file: str, name: str, value: Any) -> UserEr
     return UserError(f"{path}: {name} = {json.dumps(value)[:60]} is not sensible; correct it")
 
 
-def added_tokens(
-    beside: dict[str, dict], controls: set, where: str | pathlib.Path
-) -> dict[int, tuple[str, bool]]:
+def added_tokens(beside: dict[str, dict], where: str | pathlib.Path) -> dict[int, tuple[str, bool]]:
     """{id: (text, whether it is a control token)} of what was added to a sentencepiece model."""
     added = {}
     try:
         for text, i in beside["added_tokens.json"].items():
             added[int(i)] = text, True
         for i, token in beside["tokenizer_config.json"].get("added_tokens_decoder", {}).items():
-            text = token["content"]
-            is_control = token.get("special", True) or text in controls or int(i) in controls
-            added[int(i)] = text, bool(is_control)
+            added[int(i)] = token["content"], bool(token.get("special", True))
         if not all(isinstance(text, str) and 0 <= i < MOST for i, (text, _) in added.items()):
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
