@@ -42,7 +42,7 @@ from cli.errors import Parser, positive, run_command
 from cli.files import new_file, written_whole
 from cli.measure import bits_per_weight
 from cli.runs import adamw
-from cli.toy import pretrain, toy_documents
+from cli.toy import pretrain, toy_calibration
 from llama import LINEARS, Llama, LlamaConfig, load_pretrained
 from merge import merge
 from qalora import adapter_parameters, add_adapters
@@ -179,7 +179,7 @@ def run(study: Study, job: Job, rates: dict[str, float] | None) -> list[dict]:
     world = make_world(job.seed, study.people)
     tokenizer, model = load_tokenizer(folder), load_pretrained(folder)
     records = split(world)[0]
-    texts = toy_documents(world._replace(train=records))
+    texts = toy_calibration(world._replace(train=records))
     context = model.config.max_position_embeddings
     calibration = calibration_windows(texts, tokenizer, context, CALIBRATION_TOKENS)
     if job.method == "QLoRA":

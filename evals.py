@@ -48,9 +48,10 @@ from cli.errors import Parser, UserError, run_command
 from cli.machine import check_device, compute_dtype, default_device
 from kernels.int4 import prepare_inference
 from llama import Cache, Llama, generate
-from text.batches import Example, collate, encode
-from text.instructions import Record, read_records, read_text
+from text.batches import Example, collate, encode, encode_asking
+from text.instructions import Record, read_records
 from text.questions import LETTERS, MMLU_CATEGORIES, check_choices, read_json_lines, read_mmlu
+from text.records import read_text
 from text.tokenizer import Tokenizer
 
 # Below, `progress` is the title of a progress bar on stderr; None means no bar
@@ -318,21 +319,20 @@ def joined(lists: Iterable[list]) -> list:
 def answers(
     model: Llama,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int = 64,
     progress: str | None = None,
 ) -> list[str]:
-    """The greedy continuation of each prompt, up to EOS. Prompts of equal length go together."""
-    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    texts, device = [None] * len(encoded), next(model.parameters()).device
-    for batch in equal_length_batches(encoded, batch_size, progress):
-        tokens_BT = torch.tensor([encoded[i] for i in batch], device=device)
+    """The greedy answer to each prompt (tokens). Prompts of equal length go together."""
+    texts, device = [None] * len(prompts), next(model.parameters()).device
+    for batch in equal_length_batches(prompts, batch_size, progress):
+        tokens_BT = torch.tensor([prompts[i] for i in batch], device=device)
         room = model.config.max_position_embeddings - tokens_BT.shape[1]
         most = min(max_new_tokens, room)
-        rows = generate(model, tokens_BT, most, eos_token_ids=tokenizer.stops).tolist()
+        rows = generate(model, tokens_BT, most, eos_token_ids=tokenizer.answer_ends).tolist()
         for i, row in zip(batch, rows, strict=True):
-            texts[i] = tokenizer.decode_after_space(row[len(encoded[i]) :])  # EOS has no text
+            texts[i] = tokenizer.decode_answer(row[len(prompts[i]) :])  # EOS has no text
     return texts
 
 
@@ -344,13 +344,12 @@ def exact_match(
     batch_size: int = 64,
     progress: str | None = None,
 ) -> float:
-    """The share of records whose greedy answer is the response, but for spaces at both ends."""
-    records = list(records)
-    prompts = [record.prompt for record in records]
+    """The share of records whose last answer is the greedy one, but for spaces at both ends."""
+    prompts = [encode_asking(record[:-1], tokenizer) for record in records]
     texts = answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
     right = 0
     for text, record in zip(texts, records, strict=True):
-        right += text.strip() == record.response.strip()
+        right += text.strip() == record[-1].text.strip()
     return right / len(records)
 
 
@@ -439,7 +438,7 @@ def judge_instructions(
         )
     loss = response_loss(model, examples, batch_size, f"response loss, {path}")
     prepare_inference(model)
-    longest = max(len(e.tokens) - e.prompt_length for e in examples)
+    longest = max(int(example.learned.sum()) for example in examples)
     matches = exact_match(model, tokenizer, records, longest, batch_size, f"exact match, {path}")
     error = standard_error(matches, len(records))
     print(f"{path}: {len(records)} instructions")
@@ -486,7 +485,7 @@ def main() -> None:
         raise UserError(f"{args.perplexity} is empty; give a file with text in it")
     items = read_json_lines(args.multiple_choice, check_choices) if args.multiple_choice else None
     questions = read_mmlu(args.mmlu, args.shots) if args.mmlu else None
-    records = read_records(args.instructions)[0] if args.instructions else None
+    records = read_records(args.instructions).records if args.instructions else None
     model, tokenizer = load(args.folder, args.device)
     limit = model.config.max_position_embeddings
     if args.window and args.window > limit:

@@ -37,12 +37,13 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
             f"{folder} came from a GGUF file, whose embeddings are written back as they were; "
             "leave out --embeddings"
         )
+    tokenizer = formats.load_tokenizer(folder)
     with written_whole(path) as beside:
         if rest:
-            write_back(model, rest, beside)
+            write_back(model, rest, beside, tokenizer.chat_template)
         else:
             dtype = torch.float32 if embeddings == "f32" else torch.float16
-            write_gguf(model, formats.load_tokenizer(folder), beside, dtype)
+            write_gguf(model, tokenizer, beside, dtype)
     lines = [
         f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB",
         f"float16 rounds its offsets by {mean:.2g} of a quantization step on average, "

@@ -3,18 +3,21 @@
     python sample.py FOLDER --prompt "Once upon a time"
     python sample.py FOLDER --instruction "Name three primary colours." --temperature 0.7 --seed 1
     python sample.py FOLDER --instruction "Translate into French." --input "The cat sleeps."
+    python sample.py FOLDER --chat                        one turn after another, until Ctrl-D
     python -m pytest tests/test_sample.py
 
 FOLDER is a model folder (float, quantized, merged), a run of train.py, or a Q4_1 .gguf file.
-`--prompt` is shown and continued as it is; `--instruction` and `--input` go into Alpaca's template,
-as in fine-tuning, and only the response is shown. Greedy, so the same every time, unless
---temperature is set. Ends at EOS, after --max-new-tokens, or when the context is full.
+`--prompt` is shown and continued as it is. `--instruction` and `--chat` ask in the format that the
+model was fine-tuned in, or else in its own chat template, or in Alpaca's; only the answer is shown.
+A chat that outgrows the model's context loses its first turns. Greedy, so the same every time,
+unless --temperature is set. Ends at EOS or an answer's end, after --max-new-tokens, or when the
+context is full.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -23,7 +26,8 @@ from cli.machine import default_device
 from evals import load
 from kernels.int4 import prepare_inference
 from llama import Llama, generate
-from text.instructions import alpaca_prompt
+from text.batches import encode_asking
+from text.instructions import Turn
 from text.tokenizer import Tokenizer
 
 
@@ -50,39 +54,103 @@ def text_stream(decode: Callable[[list[int]], str], write: Callable[[str], None]
 
 def sample(
     model: Llama,
-    tokenizer: Tokenizer,
-    prompt: str,
-    write: Callable[[str], None],
-    echo: bool = False,
+    tokens: Sequence[int],
+    add: Callable,
+    ends: Sequence[int],
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Gives `write` the continuation of `prompt` bit by bit, after the prompt itself if `echo`.
+    """Gives `add`, of `text_stream`, each token that follows `tokens`, up to one of `ends`.
 
-    Raises UserError when the prompt leaves no room in the model's context; stops where it is full.
+    Raises UserError when `tokens` leave no room in the model's context; stops where it is full.
     """
-    tokens, limit = tokenizer.encode_prompt(prompt), model.config.max_position_embeddings
+    limit = model.config.max_position_embeddings
     if len(tokens) >= limit:
         raise UserError(
             f"the prompt has {len(tokens)} tokens and fills the model's context of {limit}; "
             "shorten it"
         )
     device = model.model.embed_tokens.weight.device
-    add = text_stream(tokenizer.decode if echo else tokenizer.decode_after_space, write)
-    add(tokens if echo else [])
     generate(
         model,
-        torch.tensor([tokens], device=device),
+        torch.tensor([list(tokens)], device=device),
         min(max_new_tokens, limit - len(tokens)),
         temperature,
         top_p,
         torch.Generator(device).manual_seed(seed),
-        tokenizer.stops,
+        ends,
         lambda new_B: add(new_B.tolist()),
     )
     add([], last=True)
+
+
+def continue_text(
+    model: Llama, tokenizer: Tokenizer, prompt: str, write: Callable[[str], None], **options
+) -> None:
+    """Gives `write` the prompt and what follows it; `options` are those of `sample`."""
+    tokens = tokenizer.encode_prompt(prompt)
+    add = text_stream(tokenizer.decode, write)
+    add(tokens)
+    sample(model, tokens, add, tokenizer.stops, **options)
+
+
+def answer(
+    model: Llama,
+    tokenizer: Tokenizer,
+    turns: Sequence[Turn],
+    write: Callable[[str], None],
+    **options,
+) -> str:
+    """Gives `write` the answer to a conversation so far, and returns it."""
+    said = []
+
+    def both(text):
+        said.append(text)
+        write(text)
+
+    tokens = encode_asking(turns, tokenizer)
+    add = text_stream(tokenizer.decode_answer, both)
+    sample(model, tokens, add, tokenizer.answer_ends, **options)
+    return "".join(said)
+
+
+def chat(
+    model: Llama,
+    tokenizer: Tokenizer,
+    questions: Iterable[str],
+    write: Callable[[str], None],
+    max_new_tokens: int = 256,
+    **options,
+) -> None:
+    """Answers one question after another, each with all that was said before it.
+
+    When less than half the context (or than `max_new_tokens`, if that is less) would be left for an
+    answer, the first question and its answer are forgotten.
+    """
+    turns, limit = [], model.config.max_position_embeddings
+    for question in questions:
+        turns.append(Turn("user", question))
+        room = limit - min(max_new_tokens, limit // 2)
+        while len(turns) > 1 and len(encode_asking(turns, tokenizer)) > room:
+            del turns[:2]
+        said = answer(model, tokenizer, turns, write, max_new_tokens=max_new_tokens, **options)
+        turns.append(Turn("assistant", said))
+        write("\n")
+
+
+def typed_questions() -> Iterator[str]:
+    """What the user types, line by line, until the input ends; empty lines are no questions."""
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise UserError("what is typed is not UTF-8") from None
+        if question.strip():
+            yield question
 
 
 def write_stdout(text: str) -> None:
@@ -98,7 +166,8 @@ def read_options() -> argparse.Namespace:
     add("folder", help="a model folder, a run of train.py or a Q4_1 .gguf file")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")
-    what.add_argument("--instruction", help="what to do, put into Alpaca's template")
+    what.add_argument("--instruction", help="what to do, asked as the model was trained")
+    what.add_argument("--chat", action="store_true", help="answer what is typed, turn by turn")
     add("--input", default="", help="what --instruction is about")
     add("--max-new-tokens", type=int, default=256, help="default 256")
     add("--temperature", type=float, default=0.0, help="0, the default: the likeliest token")
@@ -115,10 +184,8 @@ def read_options() -> argparse.Namespace:
         )
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed} is not between 0 and 2**63")
-    args.echo = args.instruction is None
-    if not args.echo:
-        args.prompt = alpaca_prompt(args.instruction, args.input)
-    if any("\ud800" <= c <= "\udfff" for c in args.prompt):  # Python's form of invalid UTF-8
+    asked = f"{args.prompt or ''}{args.instruction or ''}{args.input}"
+    if any("\ud800" <= c <= "\udfff" for c in asked):  # Python's form of invalid UTF-8
         parser.error("the prompt is not UTF-8")
     return args
 
@@ -128,17 +195,20 @@ def main() -> None:
     args = read_options()
     model, tokenizer = load(args.folder, args.device)
     prepare_inference(model)  # half a minute for a 7b; then a token is 4x faster than dense
-    sample(
-        model,
-        tokenizer,
-        args.prompt,
-        write_stdout,
-        echo=args.echo,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "seed": args.seed,
+    }
+    if args.chat:
+        chat(model, tokenizer, typed_questions(), write_stdout, **options)
+        return
+    if args.prompt is not None:
+        continue_text(model, tokenizer, args.prompt, write_stdout, **options)
+    else:
+        turns = [Turn("user", args.instruction, args.input)]
+        answer(model, tokenizer, turns, write_stdout, **options)
     print()
 
 

@@ -24,14 +24,14 @@ from torch import nn
 import evals
 import formats
 from cli import base, machine, report, runs
-from cli.data import digest, make_examples
+from cli.data import digest, in_format, make_examples
 from cli.errors import run_command
 from cli.measure import bits_per_weight
 from cli.settings import Settings, read_settings, save_settings
 from formats.adapter import save_adapter
 from qalora import adapter_parameters, add_adapters
 from text.batches import Example, batch_order, collate
-from text.instructions import read_records
+from text.instructions import Data, read_records
 from text.toy import make_world
 
 # ---- the training loop: the base is frozen, only the adapters learn
@@ -78,7 +78,7 @@ def accumulate_gradients(
     their number in the whole batch, so neither micro-batches nor the number of processes change it.
     Of the batch, this process takes every WORLD-th example.
     """
-    response_tokens = sum(len(e.tokens) - e.prompt_length for e in batch)
+    response_tokens = sum(int(example.learned.sum()) for example in batch)
     mine = batch[machine.RANK :: machine.WORLD]
     micro_batches = [mine[i : i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
     device, total = next(network.parameters()).device, 0.0
@@ -105,19 +105,21 @@ def run(settings: Settings) -> None:
     is_first = machine.RANK == 0
     max_length, seed = settings.max_length, settings.seed
     world = None if settings.data else make_world()
-    records, form = (world.train, "toy world") if world else read_records(settings.data)
+    data = Data(world.train, "toy world", 0, "") if world else read_records(settings.data)
     if settings.weights:  # so that bad data is found before anything slow
-        tokenizer = formats.load_tokenizer(settings.tokenizer or settings.weights)
-        train, held_out = make_examples(records, form, tokenizer, max_length, seed)
+        tokenizer = in_format(base.tokenizer_of(settings), settings.template)
+        train, held_out = make_examples(data, tokenizer, max_length, seed)
     else:
         torch.set_num_threads(1)  # the tiny model's matrices are too small for two
     if is_first:
-        base.prepare(settings, world, records)
+        base.prepare(settings, world, data.records)
     runs.join_processes()
     model, tokenizer = evals.load(out / "base", settings.device)
+    tokenizer = in_format(tokenizer, settings.template)
     if not settings.weights:
-        train, held_out = make_examples(records, form, tokenizer, max_length, seed)
-    del records
+        train, held_out = make_examples(data, tokenizer, max_length, seed)
+    template = None if data.form == "text" else tokenizer.template.source
+    del data
     model.model.checkpointing = bool(settings.checkpointing)
     bits = bits_per_weight(model)
     torch.manual_seed(seed)
@@ -129,7 +131,8 @@ def run(settings: Settings) -> None:
     identity = {"base": formats.fingerprint(out / "base"), "examples": digest(train + held_out)}
     train_adapters(settings, model, train, held_out, identity)
     if is_first:
-        save_adapter(model, out / "adapter", method=settings.method, base=identity["base"])
+        origin = {"method": settings.method, "base": identity["base"], "template": template}
+        save_adapter(model, out / "adapter", **origin)
         report.conclude(settings, model, tokenizer, world, train, held_out)
     runs.leave_processes()
 

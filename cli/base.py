@@ -16,12 +16,13 @@ import torch
 
 import formats
 from baselines import quantize_model_nf4
+from cli.data import in_format
 from cli.errors import UserError
 from cli.files import is_leftover, read_json, remove, written_whole
 from cli.machine import compute_dtype, trim_heap
 from cli.runs import checkpoints, newest_checkpoint, set_adapter_aside
 from cli.settings import Settings, config_of, save_settings
-from cli.toy import TOY_BASE, pretrain, toy_documents
+from cli.toy import TOY_BASE, pretrain, toy_calibration
 from formats.files import fill
 from formats.huggingface import save_pretrained
 from formats.quantized import save_quantized
@@ -52,9 +53,9 @@ def prepare(settings: Settings, world: World | None, records: list[Record]) -> N
     if settings.weights and not made:
         formats.check(settings.weights)
     check_room(settings, made)
-    texts = None  # read now, as their file may be refused
+    calibration = None  # read now, as their file may be refused
     if uses_gptq(settings) and not made:
-        texts = calibration_texts(settings.calibration, world, records)
+        calibration = calibration_records(settings.calibration, world, records)
     remove_leftovers(out)
     finished = (out / "adapter").exists()
     if not (settings.resume or finished):  # now, so that --resume works if what follows is cut off
@@ -63,7 +64,7 @@ def prepare(settings: Settings, world: World | None, records: list[Record]) -> N
         pretrain(make_world(), TOY_BASE)
         made = base_is_made(settings)  # the same seed makes the same model
     if not made:
-        make_base(settings, texts)
+        make_base(settings, calibration)
     if finished and not settings.resume:  # a finished run stays until the new base is there
         start_over(settings)
 
@@ -203,8 +204,8 @@ def base_is_made(settings: Settings) -> bool:
 # ---- making it
 
 
-def make_base(settings: Settings, texts: list[str] | None) -> None:
-    """Writes the run's base/, quantized by GPTQ on `texts` where that is wanted."""
+def make_base(settings: Settings, calibration: list[Record] | None) -> None:
+    """Writes the run's base/, quantized by GPTQ on `calibration` where that is wanted."""
     source = source_of(settings.weights)
     tokenizer = tokenizer_of(settings)
     record = made_from(settings, tokenizer)  # of the weights as they are now
@@ -214,7 +215,7 @@ def make_base(settings: Settings, texts: list[str] | None) -> None:
         if formats.quantization_of(source) is not None:
             formats.import_base(source, folder)
         else:
-            quantize_into(folder, source, settings, texts, tokenizer)
+            quantize_into(folder, source, settings, calibration, tokenizer)
         (folder / "made_from.json").write_text(record)
 
 
@@ -222,7 +223,7 @@ def quantize_into(
     folder: pathlib.Path,
     source: pathlib.Path,
     settings: Settings,
-    texts: list[str] | None,
+    records: list[Record] | None,
     tokenizer: Tokenizer,
 ) -> None:
     """Writes float weights as the base of a method: float for lora, NF4 for qlora, else codes.
@@ -246,7 +247,8 @@ def quantize_into(
     calibration = None
     if settings.quantizer == "gptq":
         context = config.max_position_embeddings
-        calibration = calibration_windows(texts, tokenizer, context, settings.calibration_tokens)
+        asked = in_format(tokenizer, settings.template)
+        calibration = calibration_windows(records, asked, context, settings.calibration_tokens)
     bits, group_size = settings.bits, settings.group_size
     quantize_model(model, bits, group_size, calibration, load_block=load_block)
     fill(model, weights, dtype=stored)  # what stays float, without the rounding to `dtype`
@@ -272,15 +274,15 @@ def block_loader(weights: dict, dtype: torch.dtype, device: str) -> Callable[[Bl
     return load_block
 
 
-def calibration_texts(
+def calibration_records(
     calibration: str | None, world: World | None, records: list[Record]
-) -> list[str]:
+) -> list[Record]:
     """What GPTQ is calibrated on: a file, else the toy world's texts, else the training data."""
     if world and not calibration:
-        return toy_documents(world)
-    records = read_records(calibration)[0] if calibration else list(records)
+        return toy_calibration(world)
+    records = read_records(calibration).records if calibration else list(records)
     random.Random(0).shuffle(records)
-    return [f"{r.prompt} {r.response}".strip() for r in records]
+    return records
 
 
 # ---- room on the disk

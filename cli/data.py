@@ -1,4 +1,4 @@
-"""A run's examples: made of records, parted into training and validation, and recognised again."""
+"""A run's examples: in its format, parted into training and validation, and recognised again."""
 
 import hashlib
 import random
@@ -7,20 +7,41 @@ from collections.abc import Sequence
 from cli import machine
 from cli.errors import UserError
 from text.batches import Example, encode
-from text.instructions import Record
+from text.instructions import Data
+from text.records import read_text
+from text.templates import alpaca_template
 from text.tokenizer import Tokenizer
 
 
+def in_format(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    """The tokenizer with the chat template of a run: of --template, else its own or Alpaca's.
+
+    template: "alpaca" or a file in Jinja. Raises UserError for a file that cannot be read.
+    """
+    if template is None:
+        return tokenizer.with_template(tokenizer.template.source)
+    if template == "alpaca":
+        return tokenizer.with_template(alpaca_template(bool(tokenizer.bos)))
+    return tokenizer.with_template(read_text(template))
+
+
 def make_examples(
-    records: list[Record], form: str, tokenizer: Tokenizer, max_length: int, seed: int
+    data: Data, tokenizer: Tokenizer, max_length: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """(training examples, examples held out for validation: a twentieth, at most 200)."""
+    records = data.records
     examples, truncated = encode(records, tokenizer, max_length)
     dropped = len(records) - len(examples)
     if machine.RANK == 0:
+        without = ""
+        if data.left_out:
+            without = f", {data.left_out} without an answer left out, first {data.first_left_out}"
         left_out = f", {dropped} of these left out, as no response was left" if dropped else ""
         cut = f"{truncated} longer than {max_length} tokens and cut"
-        print(f"data: {len(records)} records in {form} form, {cut}{left_out}")
+        print(f"data: {len(records)} records in {data.form} form{without}, {cut}{left_out}")
+        if data.form != "text":
+            alpaca = tokenizer.template.source == alpaca_template(bool(tokenizer.bos))
+            print(f"format: {'Alpaca' if alpaca else 'a chat template'}, as sample.py will ask")
     random.Random(seed).shuffle(examples)
     count = min(200, len(examples) // 20)
     if len(examples) <= count:
@@ -32,5 +53,7 @@ def make_examples(
 
 def digest(examples: Sequence[Example]) -> str:
     """A few hexadecimal digits that tell whether these are the same examples in the same order."""
-    parts = [b"%d %b" % (e.prompt_length, e.tokens.tobytes()) for e in examples]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+    sha = hashlib.sha256()
+    for tokens, learned in examples:
+        sha.update(b"%d %b%b" % (len(tokens), tokens.tobytes(), learned.tobytes()))
+    return sha.hexdigest()[:12]

@@ -16,7 +16,7 @@ from cli.settings import Settings
 from cli.toy import TOY_BASE, score, table
 from formats.run import save_merged
 from merge import merge
-from text.batches import Example, collate, encode
+from text.batches import Example, collate, encode, encode_asking
 from text.tokenizer import Tokenizer
 from text.toy import World
 
@@ -93,7 +93,7 @@ def merge_and_judge_toy(
     out, device = pathlib.Path(settings.out), settings.device
     test = encode(world.test, tokenizer, 10**6)[0]
     questions = world.test[:: len(world.test) // 3][:3]
-    prompts = [question.prompt for question in questions]
+    prompts = [encode_asking([asked], tokenizer) for asked, _ in questions]
     name = {"lora": "float", "qlora": "NF4"}.get(settings.method, f"INT{settings.bits}")
     files = [out / "base"]
     base = formats.load_model(out / "base", device=device)
@@ -121,13 +121,12 @@ def merge_and_judge_toy(
 def show_answers(questions: list, before: list[str], after: list[str]) -> list[dict]:
     """Prints what the model answers before and after fine-tuning; returns it."""
     samples = []
-    for question, old, new in zip(questions, before, after, strict=True):
-        asked = question.prompt.split("### Instruction:")[1].split("###")[0].strip()
-        answers = {"before": old, "after": new, "true": question.response}
-        samples.append({"question": asked, **answers})
-        print(asked)
+    for (asked, answer), old, new in zip(questions, before, after, strict=True):
+        answers = {"before": old, "after": new, "true": answer.text}
+        samples.append({"question": asked.text, **answers})
+        print(asked.text)
         print(f"    before: {old.strip()[:70]!r}")
-        print(f"    after:  {new.strip()!r} (true: {question.response!r})")
+        print(f"    after:  {new.strip()!r} (true: {answer.text!r})")
     return samples
 
 

@@ -33,6 +33,7 @@ class Settings:
     weights: str | None  # a model folder or file; None means the tiny model of the toy world
     tokenizer: str | None  # a tokenizer file, where the weights have none
     data: str | None  # a file of instructions or text; None means the toy world
+    template: str | None  # "alpaca" or a Jinja file; None: the model's own, else Alpaca's
     calibration: str | None  # a file for GPTQ; None means the training data
     calibration_tokens: int  # how many tokens of it at most
     out: str  # the run's folder
@@ -105,6 +106,7 @@ def option_parser(description: str) -> Parser:
     add("--weights", help="a LLaMA: a folder (Hugging Face, Meta, merged) or a Q4_1 .gguf file")
     add("--tokenizer", help="its tokenizer.model or tokenizer.json, where the weights have none")
     add("--data", help="instructions (JSON, JSONL; see text/instructions.py) or plain text")
+    add("--template", help="alpaca, or a file in Jinja (the model's own chat template, if any)")
     add("--calibration", help="text or instructions for GPTQ (default: the training data)")
     add("--calibration-tokens", type=size, help="tokens of it at most (262144: 128 x 2048)")
     add("--out", help="the folder of the run (runs/MODEL)")
@@ -188,6 +190,7 @@ def recipe(given: dict) -> dict:
         weights=given.get("weights"),
         tokenizer=None,
         data=None,
+        template=None,
         calibration=None,
         calibration_tokens=2**18,
         out=default_out(given),
@@ -309,6 +312,8 @@ def check(settings: Settings) -> None:
         file = getattr(settings, name)
         if file and not pathlib.Path(file).is_file():
             raise UserError(f"{option(name)} {file}: there is no such file")
+    if settings.template not in (None, "alpaca") and not pathlib.Path(settings.template).is_file():
+        raise UserError(f"--template {settings.template}: it is neither alpaca nor a file")
     if not 0 <= settings.seed < 2**63:
         raise UserError(f"--seed {settings.seed} is not between 0 and 2**63")
     if settings.batch_size % machine.WORLD:

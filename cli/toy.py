@@ -14,6 +14,8 @@ from cli.measure import bits_per_weight
 from formats.huggingface import save_pretrained
 from llama import CONFIGS, Llama, LlamaConfig
 from text.batches import token_stream, windows
+from text.instructions import Record, Turn
+from text.templates import alpaca_prompt
 from text.tokenizer import Tokenizer, train_tokenizer
 from text.toy import World
 
@@ -38,7 +40,7 @@ def pretrain(
     torch.manual_seed(seed)
     rng, draw = random.Random(seed), torch.Generator().manual_seed(seed)
     passes = [world.documents(rng) for _ in range(50)]
-    prompts = [record.prompt for record in world.train]
+    prompts = [alpaca_prompt(asked.text) for asked, _ in world.train]
     with written_whole(folder) as beside:
         beside.mkdir()
         spelled = sum(passes[:4], prompts)  # more passes would crowd out the prompts' words
@@ -67,13 +69,13 @@ def pretrain(
         save_pretrained(model, beside)
 
 
-def toy_documents(world: World) -> list[str]:
+def toy_calibration(world: World) -> list[Record]:
     """What GPTQ is calibrated on in the toy world: its documents, and questions with answers."""
     rng = random.Random(1)
     texts = []
     for _ in range(4):
         texts += world.documents(rng)
-    return texts + [f"{record.prompt} {record.response}" for record in world.train]
+    return [(Turn("text", text),) for text in texts] + world.train
 
 
 def score(

@@ -173,9 +173,31 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
         writer.add_bos_token_id(*tokenizer.bos)
     if UNKNOWN in kinds:
         writer.add_unk_token_id(kinds.index(UNKNOWN))
-    config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
-    if isinstance(config.get("chat_template"), str):
-        writer.add_chat_template(config["chat_template"])
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def with_chat_template(header: bytes, reader: Any, template: str | None) -> bytes:
+    """A GGUF file's header (all before the tensors' data) with another chat template.
+
+    reader: a GGUFReader of it. The header stays as it is where the template is already that, or
+    None.
+    """
+    key = "tokenizer.chat_template"
+    field = reader.fields.get(key)
+    if template is None or (field and field.contents() == template):
+        return header
+    name, text = key.encode(), template.encode()
+    entry = struct.pack("<Q", len(name)) + name + struct.pack("<IQ", 8, len(text)) + text  # 8: text
+    last = reader.tensors[-1].field
+    end = last.offset + sum(part.nbytes for part in last.parts)
+    start = field.offset if field else reader.tensors[0].field.offset
+    after = start + sum(part.nbytes for part in field.parts) if field else start
+    changed = header[:start] + entry + header[after:end]
+    if not field:
+        (count,) = struct.unpack_from("<Q", header, 16)  # after magic, version, tensors
+        changed = changed[:16] + struct.pack("<Q", count + 1) + changed[24:]
+    return changed + bytes(-len(changed) % int(reader.alignment))
 
 
 def write_pieces(writer: Any, tokenizer: Tokenizer, scores: list[float], size: int) -> None:

@@ -16,7 +16,8 @@ from formats.files import GGUF_REST, fingerprint_of, weight_files
 from llama import Llama, LlamaConfig
 from merge import merge
 from quant import QuantLinear
-from text.tokenizer import load_tokenizer
+from text import tokenizer as tokenizer_files
+from text.tokenizer import Tokenizer
 
 
 def matches(path: pathlib.Path) -> bool:
@@ -105,7 +106,9 @@ def load_run(
 def check_tokenizer_of_run(base: pathlib.Path) -> None:
     """Raises UserError when the tokenizer in base/ is not the one that the run was trained with."""
     record = base / "made_from.json"
-    if record.exists() and load_tokenizer(base).digest() != read_json(record).get("tokenizer"):
+    if not record.exists():
+        return
+    if tokenizer_files.load_tokenizer(base).digest() != read_json(record).get("tokenizer"):
         raise UserError(
             f"the tokenizer in {base} is not the one that the run was trained with; copy that one "
             "there again"
@@ -115,11 +118,19 @@ def check_tokenizer_of_run(base: pathlib.Path) -> None:
 load_model = load_run  # as every format calls it
 
 
+def load_tokenizer(path: pathlib.Path) -> Tokenizer:
+    """The tokenizer of the run's base, with the chat template that the run was trained in."""
+    tokenizer = tokenizer_files.load_tokenizer(path / "base")
+    settings = path / "adapter" / "adapter.json"
+    template = read_json(settings).get("template") if settings.is_file() else None
+    return tokenizer.with_template(template) if isinstance(template, str) else tokenizer
+
+
 def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path) -> None:
     """Writes a merged model and its run's tokenizer as a model folder."""
     with written_whole(folder) as beside:
         beside.mkdir()
-        load_tokenizer(run / "base").save(beside)
+        load_tokenizer(run).save(beside)
         copy_gguf_rest(run / "base", beside)
         in_groups = any(isinstance(layer, QuantLinear) for layer in model.modules())
         save = quantized.save_quantized if in_groups else huggingface.save_pretrained

@@ -45,8 +45,10 @@ from llama import LLAMA3_SCALING, Llama, LlamaConfig, load_pretrained
 from merge import merge
 from qalora import adapter_parameters, add_adapters
 from quant import load_quantized, quantize_model, save_quantized
+from text.batches import encode_asking
 from text.instructions import read_records
 from text.sentencepieces import make_model
+from text.templates import alpaca_prompt
 from text.tokenizer import load_tokenizer
 from text.toy import make_world
 
@@ -139,7 +141,7 @@ def check_run(run, out):
     print(f"\nthe run {run.name}: fine-tuned, merged, exported")
     tokenizer, world = load_tokenizer(run), make_world()
     print("  " + "; ".join(export(run, out / "run.gguf")).replace(f"{out}/", ""))
-    prompts = [[1, *tokenizer.encode(r.prompt)] for r in world.test[:20]]
+    prompts = [encode_asking(record[:-1], tokenizer) for record in world.test[:20]]
     compare(run, out / "run.gguf", prompts, texts_of([*world.train, *world.test]))
 
 
@@ -166,8 +168,8 @@ def check_stories(out):
 def check_trained(out):
     """A model of stories260K's shape, feed-forward width 192, that knows eight texts by heart."""
     print("\nstories260K's shape, feed-forward 192, trained on eight texts by heart, 4 bits by RTN")
-    records, _ = read_records(MATERIAL / "self-instruct-seeds.json")
-    texts = [r.response for r in records if 150 <= len(r.response) <= 250][:8]
+    records = read_records(MATERIAL / "self-instruct-seeds.json").records
+    texts = [r[-1].text for r in records if 150 <= len(r[-1].text) <= 250][:8]
     world = types.SimpleNamespace(documents=lambda rng: rng.sample(texts, len(texts)), train=[])
     config = LlamaConfig(512, 64, 192, 5, 8, 4, max_position_embeddings=512)
     pretrain(world, out / "by-heart", config, steps=600, lr=3e-3, length=96)
@@ -192,14 +194,14 @@ def sentencepiece_model(pieces):
 
 
 def seed_texts():
-    return texts_of(read_records(MATERIAL / "self-instruct-seeds.json")[0])
+    return texts_of(read_records(MATERIAL / "self-instruct-seeds.json").records)
 
 
 def texts_of(records):
     """Prompts and responses."""
     texts = []
-    for record in records:
-        texts += record
+    for asked, answer in records:
+        texts += [alpaca_prompt(asked.text, asked.input), answer.text]
     return texts
 
 

@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import torch
 
+from text.templates import alpaca_prompt
 from text.tokenizer import load_tokenizer, train_tokenizer
 from text.toy import make_world
 
@@ -56,7 +57,8 @@ def toy_world():
 
 @pytest.fixture(scope="session")
 def toy_tokenizer(toy_world, tmp_path_factory):
-    texts = toy_world.documents(random.Random(0)) + [" ".join(r) for r in toy_world.train]
+    texts = toy_world.documents(random.Random(0))
+    texts += [f"{alpaca_prompt(asked.text)} {answer.text}" for asked, answer in toy_world.train]
     return train_tokenizer(texts, tmp_path_factory.mktemp("toy") / "tokenizer.model", 512)
 
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from helpers_runs import ENGLISH, NOUNS, RECORDS, options, run, save_random
 
-from text.instructions import alpaca_prompt
+from text.templates import alpaca_prompt
 from text.tokenizer import train_tokenizer
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cli.errors import run_command
 from llama import LINEARS, Llama, LlamaConfig
 from quant import Quantized, quantize_model
+from text.instructions import Turn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = LlamaConfig(24, 16, 12, 2, 4, 2, max_position_embeddings=64)
@@ -254,8 +255,15 @@ def linears(model):
 
 # ---- text and commands
 
+
+def exchange(asked, answer):
+    """A record: a question and its answer."""
+    return Turn("user", asked), Turn("assistant", answer)
+
+
 # Any text that a file can hold, but for U+2581, the one character that sentencepiece cannot keep
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\u2581"), max_size=30)
+ANSWERS = TEXTS.filter(bool)  # an empty one is left out of the data
 
 
 def peaked_llama(config, seed=0):

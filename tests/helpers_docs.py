@@ -6,7 +6,7 @@ import shlex
 
 from helpers_runs import ROOT
 
-BLOCK = re.compile(r"^```(\w+) ?([\w-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w+) ?([\w. -]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page, language, mark):

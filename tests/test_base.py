@@ -13,7 +13,7 @@ import time
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import contents
+from helpers import contents, exchange
 from helpers_runs import (
     CONFIG,
     ENGLISH,
@@ -36,7 +36,7 @@ from cli import base
 from formats import fingerprint, load_model
 from formats.files import open_file
 from formats.huggingface import save_pretrained
-from text.instructions import alpaca_prompt, read_records
+from text.instructions import read_records
 from text.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -185,10 +185,8 @@ def test_gptq_is_calibrated_on_the_training_data_or_what_is_named(world, tmp_pat
         run(tmp_path / "log", words)
         made[name] = (tmp_path / name / "base" / "model.safetensors").read_bytes()
     assert made["all"] == made["named"] != made["fewer"]
-    texts = base.calibration_texts(None, None, read_records(world / "records.json")[0])
-    assert sorted(texts) == sorted(
-        f"{alpaca_prompt(r['instruction'])} {r['output']}".strip() for r in RECORDS
-    )
+    drawn = base.calibration_records(None, None, read_records(world / "records.json").records)
+    assert sorted(drawn) == sorted(exchange(r["instruction"], r["output"]) for r in RECORDS)
 
 
 def test_weights_that_change_while_they_are_quantized_are_not_taken_for_those_that_were(
@@ -355,11 +353,11 @@ def test_a_base_keeps_the_16_bits_that_its_embedding_came_in(world, tmp_path, me
         )
 
 
-def test_calibration_texts_are_drawn_from_all_records_whose_order_stays(world):
-    records, _ = read_records(world / "records.json")
+def test_calibration_is_drawn_from_all_records_whose_order_stays(world):
+    records = read_records(world / "records.json").records
     before = list(records)
-    texts = base.calibration_texts(None, None, records)
-    assert records == before and texts != [f"{r.prompt} {r.response}".strip() for r in records]
+    drawn = base.calibration_records(None, None, records)
+    assert records == before and drawn != records and sorted(drawn) == sorted(records)
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(

@@ -92,7 +92,7 @@ class Done:
 
 def people_of(records):
     """The names in questions, each of which ends in `NAME live?`, `NAME have?` and so on."""
-    asked = [record.prompt.split("### Instruction:\n")[1].split("?")[0] for record in records]
+    asked = [question.text.split("?")[0] for question, _ in records]
     return {" ".join([word for word in text.split() if word[0].isupper()][1:]) for text in asked}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from helpers import peaked_llama, run_in_process, save_tokenizer
+from helpers import exchange, peaked_llama, run_in_process, save_tokenizer
 from helpers_text import harness_pair, write_mmlu
 from hypothesis import example, given, settings
 
@@ -24,8 +24,8 @@ from formats.huggingface import save_pretrained
 from llama import LlamaConfig, generate
 from text import byte_level
 from text.batches import Example
-from text.instructions import Record, alpaca_prompt
 from text.questions import read_mmlu
+from text.templates import alpaca_prompt
 from text.tokenizer import load_tokenizer, make_tokenizer, train_tokenizer
 from text.vocabulary import CONTROL, NORMAL
 
@@ -170,7 +170,8 @@ def test_response_loss_is_the_mean_over_all_response_tokens_however_they_are_bat
 ):
     examples, total, count = [], 0.0, 0
     for prompt, response in pairs:
-        examples.append(Example(np.array([1, *prompt, *response], np.int32), 1 + len(prompt)))
+        tokens = np.array([1, *prompt, *response], np.int32)
+        examples.append(Example(tokens, np.arange(len(tokens)) > len(prompt)))
         total -= log_likelihood(EXACT, [1, *prompt], response)
         count += len(response)
     found = evals.response_loss(EXACT, examples, batch_size)
@@ -335,13 +336,14 @@ def test_answers_do_not_depend_on_who_is_asked_beside(tokenizer, prompts, batch_
         whole = continuation(model, [1, *tokenizer.encode(prompt)], 6)
         until_eos = whole[: whole.index(2)] if 2 in whole else whole
         alone.append(tokenizer.decode(until_eos))
-    assert evals.answers(model, tokenizer, prompts, 6, batch_size) == alone
+    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    assert evals.answers(model, tokenizer, encoded, 6, batch_size) == alone
 
 
 def test_only_an_answer_whose_prompt_nearly_fills_the_context_is_cut_short(tokenizer):
     model = random_llama(vocab=330)
-    long, short = "?" * 40, "?"
-    room = 64 - len(tokenizer.encode_prompt(long))
+    long, short = map(tokenizer.encode_prompt, ("?" * 40, "?"))
+    room = 64 - len(long)
     assert 0 < room < 30
     found = evals.answers(model, tokenizer, [long, short], 30)
     assert found[:1] == evals.answers(model, tokenizer, [long], room)
@@ -350,8 +352,8 @@ def test_only_an_answer_whose_prompt_nearly_fills_the_context_is_cut_short(token
 
 
 def test_an_answer_ends_at_eos(tokenizer):
-    model, prompt = random_llama(torch.float64, vocab=330), "What is it?"
-    free = continuation(model, [1, *tokenizer.encode(prompt)], 6)
+    model, prompt = random_llama(torch.float64, vocab=330), tokenizer.encode_prompt("What is it?")
+    free = continuation(model, prompt, 6)
     end = next(i for i in range(1, 6) if free[i] not in free[:i])  # a token that is new there
     head = model.lm_head.weight
     with torch.no_grad():
@@ -359,16 +361,17 @@ def test_an_answer_ends_at_eos(tokenizer):
     assert evals.answers(model, tokenizer, [prompt], 6) == [tokenizer.decode(free[:end])]
 
 
-def test_an_exact_match_is_the_response_but_for_spaces_at_its_ends(monkeypatch):
+def test_an_exact_match_is_the_response_but_for_spaces_at_its_ends(tokenizer, monkeypatch):
     said = {"a": " yes", "b": "no", "c": "maybe", "d": "of course"}
+    said = {(1, *tokenizer.encode(alpaca_prompt(asked))): it for asked, it in said.items()}
 
     def answers(model, tokenizer, prompts, *rest):
-        return [said[prompt] for prompt in prompts]
+        return [said[tuple(prompt)] for prompt in prompts]
 
     monkeypatch.setattr(evals, "answers", answers)
     pairs = [("d", "ofcourse"), ("c", "maybe\n"), ("b", "no!"), ("a", "yes")]
-    records = [Record(*pair) for pair in pairs]
-    assert evals.exact_match(None, None, records, 5) == 0.5
+    records = [exchange(*pair) for pair in pairs]
+    assert evals.exact_match(None, tokenizer, records, 5) == 0.5
 
 
 # ---- the command
@@ -381,8 +384,8 @@ def test_a_folder_in_float16_is_loaded_in_a_dtype_that_the_device_computes_in(fo
 
 
 def test_an_answer_ends_at_any_of_the_tokenizers_stops(tokenizer):
-    model, prompt = random_llama(vocab=330), "he is"
-    said = continuation(model, tokenizer.encode_prompt(prompt), 6)
+    model, prompt = random_llama(vocab=330), tokenizer.encode_prompt("he is")
+    said = continuation(model, prompt, 6)
     several = dataclasses.replace(tokenizer, stops=(2, said[3]))
     expected = said[: min(said.index(t) for t in (2, said[3]) if t in said) + 1]
     (answer,) = evals.answers(model, several, [prompt], 6)

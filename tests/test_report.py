@@ -19,7 +19,8 @@ from text.toy import make_world
 def test_equal_bits_are_found_only_where_all_bits_of_all_examples_are_equal():
     model = torch.nn.Embedding(6, 4)
     examples = [
-        Example(numpy.array(tokens, numpy.uint16), 1) for tokens in ([1, 2], [3, 4], [5, 1])
+        Example(numpy.array(tokens, numpy.uint16), numpy.array([False, True]))
+        for tokens in ([1, 2], [3, 4], [5, 1])
     ]
     before = report.logits_digest(model, examples, 2)
     assert report.logits_digest(model, examples, 2) == before

@@ -24,7 +24,9 @@ from llama import LlamaConfig, generate
 from merge import merge
 from qalora import adapter_parameters, add_adapters
 from quant import quantize_model, save_quantized
-from text.instructions import alpaca_prompt
+from text.batches import encode_asking
+from text.instructions import Turn
+from text.templates import alpaca_prompt
 from text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 TAUGHT = "Once upon a time there was a little girl named Lily. She loved to play in the park. " * 3
@@ -37,6 +39,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=160,
 )
+CHAT = dataclasses.replace(CONFIG, max_position_embeddings=600)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +106,12 @@ def test_real_llama_tokens_stream_whole(material):
 
 
 def sampled(model, tokenizer, prompt, **options):
+    """What follows a prompt."""
     parts = []
-    sample.sample(model, tokenizer, prompt, parts.append, **options)
-    return "".join(parts)
+    sample.continue_text(model, tokenizer, prompt, parts.append, **options)
+    text = "".join(parts)
+    assert text.startswith(prompt)
+    return text[len(prompt) :]
 
 
 def test_a_prompt_is_continued_by_what_generate_gives(tokenizer):
@@ -113,10 +119,8 @@ def test_a_prompt_is_continued_by_what_generate_gives(tokenizer):
     tokens = [1, *tokenizer.encode(prompt)]
     whole = generate(model, torch.tensor([tokens]), 20)[0].tolist()
     assert 2 not in whole, "a test needs a text without EOS"
-    echoed = sampled(model, tokenizer, prompt, echo=True, max_new_tokens=20)
-    assert echoed == tokenizer.decode(whole)
     continuation = sampled(model, tokenizer, prompt, max_new_tokens=20)
-    assert continuation == tokenizer.decode(whole[len(tokens) :])
+    assert prompt + continuation == tokenizer.decode(whole)
 
 
 def test_text_ends_at_eos(tokenizer):
@@ -127,7 +131,7 @@ def test_text_ends_at_eos(tokenizer):
     head = model.lm_head.weight
     with torch.no_grad():
         head[[2, free[end]]] = head[[free[end], 2]]  # what was that token is EOS now
-    assert sampled(model, tokenizer, prompt) == tokenizer.decode(free[:end])
+    assert prompt + sampled(model, tokenizer, prompt) == tokenizer.decode(tokens + free[:end])
 
 
 def test_text_ends_where_the_context_is_full_and_a_prompt_that_fills_it_is_refused(
@@ -203,8 +207,8 @@ def test_every_kind_of_folder_is_sampled_from(tokenizer, tmp_path, monkeypatch, 
         assert status == 0 and not error
         assert out.startswith("Once upon a") and out.endswith("\n")
         model, _ = sample.load(folder, "cpu")
-        text = sampled(model, tokenizer, "Once upon a", echo=True, max_new_tokens=30)
-        assert out == text + "\n"
+        text = sampled(model, tokenizer, "Once upon a", max_new_tokens=30)
+        assert out == f"Once upon a{text}\n"
         texts[kind] = out
     assert texts["run"] == texts["merged"] and len(set(texts.values())) == 3, texts
 
@@ -231,33 +235,102 @@ def test_groups_of_32_are_decoded_by_the_int4_kernel_but_loaded_as_they_are(
     assert len(called) == 3 * 7 * CONFIG.num_hidden_layers
 
 
-def test_an_instruction_goes_into_alpacas_template_and_only_the_response_is_shown(
-    tokenizer, tmp_path, monkeypatch
+def test_an_instruction_is_asked_in_the_models_format_and_only_the_answer_is_shown(
+    tokenizer, tmp_path, monkeypatch, capsys
 ):
-    asked = []
+    folder = make_folder("float", tmp_path / "model", tokenizer, CHAT)
+    model, _ = sample.load(folder, "cpu")
 
-    def ask(model, tokenizer, prompt, write, echo, **rest):
-        asked.append((prompt, echo))
+    def expected(prompt):
+        whole = generate(model, torch.tensor([prompt]), 9, eos_token_ids=(2,))[0].tolist()
+        return tokenizer.decode(whole[len(prompt) :]) + "\n"
 
-    monkeypatch.setattr(sample, "sample", ask)
-    folder = make_folder("float", tmp_path / "model", tokenizer)
-    for words in ("--instruction Play.", "--instruction Play. --input park", "--prompt Play."):
-        monkeypatch.setattr(sys, "argv", ["sample.py", str(folder), *words.split()])
-        sample.main()
-    with_input = alpaca_prompt("Play.", "park")
-    assert asked == [(alpaca_prompt("Play."), False), (with_input, False), ("Play.", True)]
+    words = [folder, "--max-new-tokens", 9, "--instruction", "Play."]
+    for more, prompt in (
+        ([], [1, *tokenizer.encode(alpaca_prompt("Play."))]),
+        (["--input", "park"], [1, *tokenizer.encode(alpaca_prompt("Play.", "park"))]),
+    ):
+        status, out, _ = run_in_process(monkeypatch, capsys, sample.main, *words, *more)
+        assert status == 0 and out == expected(prompt)
+    source = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    source += "{% if add_generation_prompt %}assistant{% endif %}"
+    (folder / "chat_template.jinja").write_text(source)
+    status, out, _ = run_in_process(monkeypatch, capsys, sample.main, *words)
+    prompt = [*tokenizer.encode("userPlay."), 2, *tokenizer.encode("assistant")]
+    assert status == 0 and out == expected(prompt)
 
 
 def test_the_commands_options_reach_what_samples(tokenizer, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(sample, "sample", lambda *_, **options: asked.append(options))
     monkeypatch.setattr(sample, "prepare_inference", lambda model: asked.append("prepared"))
-    folder = make_folder("float", tmp_path / "model", tokenizer)
-    words = "--prompt Play. --max-new-tokens 7 --temperature 0.5 --top-p 0.9 --seed 3"
-    monkeypatch.setattr(sys, "argv", ["sample.py", str(folder), *words.split()])
-    sample.main()
-    options = {"echo": True, "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3}
-    assert asked == ["prepared", options]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What?"))
+    folder = make_folder("float", tmp_path / "model", tokenizer, CHAT)
+    options = {"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3}
+    words = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --seed 3"
+    for what in ("--prompt Play.", "--instruction Play.", "--chat"):
+        monkeypatch.setattr(sys, "argv", ["sample.py", str(folder), *f"{what} {words}".split()])
+        sample.main()
+        assert asked == ["prepared", options]
+        asked.clear()
+
+
+# ---- a chat
+
+
+def chatted(model, tokenizer, questions, **options):
+    """What a chat writes, and the conversation before each answer."""
+    parts, seen = [], []
+
+    def asking(turns, tokenizer):
+        seen.append([turn.text for turn in turns])
+        return encode_asking(turns, tokenizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "encode_asking", asking)
+        sample.chat(model, tokenizer, questions, parts.append, **options)
+    return "".join(parts), seen
+
+
+def test_every_answer_of_a_chat_follows_all_that_was_said_before(tokenizer):
+    model, questions = peaked_llama(CHAT), ["Once?", "Upon?", "A time?"]
+    text, seen = chatted(model, tokenizer, questions, max_new_tokens=5)
+    turns, expected = [], []
+    for question in questions:
+        turns.append(Turn("user", question))
+        prompt = encode_asking(turns, tokenizer)
+        whole = generate(model, torch.tensor([prompt]), 5, eos_token_ids=(2,))[0].tolist()
+        answer = tokenizer.decode(whole[len(prompt) :])
+        turns.append(Turn("assistant", answer))
+        expected.append(answer + "\n")
+    assert text == "".join(expected) and len(set(expected)) > 1
+    assert seen[-1] == [turn.text for turn in turns[:-1]]
+
+
+def test_a_chat_that_outgrows_the_context_forgets_its_first_turns_but_never_the_last_question(
+    tokenizer,
+):
+    config = dataclasses.replace(CHAT, max_position_embeddings=200)
+    questions = [f"Once {'upon ' * i}?" for i in range(12)]
+    text, seen = chatted(peaked_llama(config), tokenizer, questions, max_new_tokens=20)
+    asked = [turns for turns, after in zip(seen, [*seen[1:], None], strict=True) if turns != after]
+    assert [turns[-1] for turns in seen if turns[-1] in questions][-1] == questions[-1]
+    lengths = [len(turns) for turns in seen]
+    assert 1 < max(lengths) < 2 * len(questions) - 1, "some were kept, the first forgotten"
+    for turns in asked:
+        assert turns[0::2] == questions[: questions.index(turns[-1]) + 1][-len(turns[0::2]) :]
+
+
+def test_a_chat_reads_lines_until_its_input_ends_and_passes_over_empty_ones(
+    tokenizer, tmp_path, monkeypatch, capsys
+):
+    folder = make_folder("float", tmp_path / "model", tokenizer, CHAT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once?\n\n  \nA time?"))
+    words = [folder, "--chat", "--max-new-tokens", 4]
+    status, out, error = run_in_process(monkeypatch, capsys, sample.main, *words)
+    model, _ = sample.load(folder, "cpu")
+    assert status == 0 and not error
+    assert out == chatted(model, tokenizer, ["Once?", "A time?"], max_new_tokens=4)[0]
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_a_wrong_option_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize("option", ["data", "calibration"])
 def test_a_bad_record_is_found_before_anything_is_quantized(world, tmp_path, monkeypatch, option):
     (tmp_path / "bad.jsonl").write_text(
-        '{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": 7}\n'
+        '{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": [7]}\n'
     )
     bad = {option: tmp_path / "bad.jsonl"}
     message = refusal(monkeypatch, *options(world, tmp_path / "run", quantizer="gptq", **bad))

@@ -24,7 +24,7 @@ from llama import CONFIGS, LINEARS, Llama, LlamaConfig, linears
 from merge import merge
 from qalora import LoRALinear, QALoRALinear, adapter_parameters, add_adapters
 from quant import Quantized, QuantLinear, dequantize, quantize_gptq, quantize_model, quantize_rtn
-from text import batches, instructions, tokenizer
+from text import batches, templates, tokenizer
 
 
 def normal(rows, groups, group_size, seed):
@@ -49,9 +49,9 @@ def llama():
 
 
 def trained(model):  # by three steps on batches of 4
-    examples = [batches.Example(tokens.numpy(), 2) for tokens in torch.randint(400, (12, 9))]
+    rows, learned, seen = torch.randint(400, (12, 9)).numpy(), torch.arange(9).numpy() > 1, []
+    examples = [batches.Example(row, learned) for row in rows]
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=0.02)
-    seen = []
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     list(train.fine_tune(model, examples, optimizer, 3, 4, micro_batch_size=2, clip=1.0, seed=0))
     assert len(torch.cat(seen).unique(dim=0)) == 12  # each once
@@ -63,7 +63,7 @@ SHAPES = st.integers(1, 5), st.integers(1, 8), st.integers(1, 40) | st.just(32) 
 WEIGHTS = st.builds(normal, *SHAPES, SEEDS)
 LAYERS = st.builds(integer_layer, BITS, *SHAPES, RANKS, SEEDS)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-TEXTS = st.text(max_size=12)
+TEXTS, ANSWERS = st.text(max_size=12), st.text(min_size=1, max_size=12)
 TRAIN = "--weights weights --data records.json --bits 3 --save-every 2 --lr 1e-3"
 
 
@@ -235,19 +235,19 @@ def test_blocks_are_calibrated_on_what_the_quantized_blocks_before_them_give():
         torch.testing.assert_close(call.args[1], x.t() @ x / 64, rtol=1e-4, atol=1e-5)
 
 
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.integers(80, 120), RANKS)
+@given(st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=4), st.integers(80, 120), RANKS)
 def test_only_response_tokens_are_learned(world, texts, max_length, size):
     """13. loss = mean of -log p(y_t | x, y_<t): x the prompt, y the response and its end (EOS)."""
     encoder, losses = tokenizer.load_tokenizer(world / "weights"), []
-    texts = [instructions.Record(instructions.alpaca_prompt(x), y) for x, y in texts]
-    examples, _ = batches.encode(texts, encoder, max_length)
+    records = [(templates.Turn("user", x), templates.Turn("assistant", y)) for x, y in texts]
+    examples, _ = batches.encode(records, encoder, max_length)
     logits_BTV = normal(len(texts), max_length, 400, seed=0).float().requires_grad_()
     parts = iter(logits_BTV.split(size))  # of a micro-batch each
     network = mock.Mock(side_effect=lambda x, keep_BT: next(parts)[:, : x.shape[1]][keep_BT])
     network.parameters.return_value = iter([logits_BTV])
     loss = train.accumulate_gradients(network, examples, micro_batch_size=size)
     for (prompt, response), logits, grad in zip(texts, logits_BTV, logits_BTV.grad, strict=True):
-        prompt = [1, *encoder.encode(prompt)]
+        prompt = [1, *encoder.encode(templates.alpaca_prompt(prompt))]
         tokens = torch.tensor([*prompt, *encoder.encode(response), 2][:max_length])
         places = torch.arange(len(prompt) - 1, len(tokens) - 1)  # each predicts the token after it
         assert torch.equal(grad.any(1).nonzero()[:, 0], places)
@@ -265,7 +265,7 @@ def world(tmp_path_factory):  # a folder with weights/, records.json and run/, a
     folder = tmp_path_factory.mktemp("world")
     huggingface.save_pretrained(llama(), folder / "weights")
     records = [{"instruction": f"Count to {n}.", "output": str([*range(n)])} for n in range(9)]
-    texts = [instructions.alpaca_prompt(r["instruction"]) + r["output"] for r in records]
+    texts = [templates.alpaca_prompt(r["instruction"]) + r["output"] for r in records]
     tokenizer.train_tokenizer(texts, folder / "weights" / "tokenizer.model", 400)
     (folder / "records.json").write_text(json.dumps(records * 3))
     command(folder, "train", f"{TRAIN} --steps 5 --out run")

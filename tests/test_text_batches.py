@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import TEXTS
+from helpers import ANSWERS, TEXTS, exchange
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -20,43 +20,54 @@ from text.batches import (
     token_stream,
     windows,
 )
-from text.instructions import Record, alpaca_prompt
+from text.instructions import Turn
+from text.templates import alpaca_prompt
 
 
-@given(st.lists(st.builds(Record, TEXTS, TEXTS), max_size=6), st.integers(2, 60))
-def test_an_example_is_bos_prompt_response_eos_cut_at_the_end(toy_tokenizer, records, max_length):
+@given(st.lists(st.tuples(TEXTS, ANSWERS), max_size=6), st.integers(40, 120))
+def test_an_example_is_bos_prompt_response_eos_cut_at_the_end(toy_tokenizer, pairs, max_length):
     expected, too_long = [], 0
-    for prompt, response in records:
-        prompt, response = toy_tokenizer.encode(prompt), toy_tokenizer.encode(response)
+    for asked, response in pairs:
+        prompt, response = map(toy_tokenizer.encode, (alpaca_prompt(asked), response))
         whole = [1] + prompt + response + [2]
         too_long += len(whole) > max_length
-        cut = whole[:max_length]
-        if cut[1 + len(prompt) :]:  # something of the response, or EOS, is left to learn
-            expected.append((cut, 1 + len(prompt)))
-    examples, truncated = encode(records, toy_tokenizer, max_length)
-    assert [(e.tokens.tolist(), e.prompt_length) for e in examples] == expected
+        learned = [False] * (1 + len(prompt)) + [True] * (len(response) + 1)
+        if any(learned[:max_length]):
+            expected.append((whole[:max_length], learned[:max_length]))
+    examples, truncated = encode([exchange(*pair) for pair in pairs], toy_tokenizer, max_length)
+    assert [(e.tokens.tolist(), e.learned.tolist()) for e in examples] == expected
     assert truncated == too_long
     assert all(e.tokens.dtype == np.int32 for e in examples)
 
 
+@given(st.lists(TEXTS, max_size=6), st.integers(2, 60))
+def test_of_a_plain_text_all_but_bos_is_learned(toy_tokenizer, texts, max_length):
+    expected = []
+    for text in texts:
+        tokens = [1, *toy_tokenizer.encode(text), 2][:max_length]
+        expected.append((tokens, [False] + [True] * (len(tokens) - 1)))
+    records = [(Turn("text", text),) for text in texts]
+    examples, _ = encode(records, toy_tokenizer, max_length)
+    assert [(e.tokens.tolist(), e.learned.tolist()) for e in examples] == expected
+
+
 def test_many_records_keep_their_order(toy_tokenizer):
-    records = [Record("", str(i)) for i in range(10_000)]  # more than encode takes at a time
+    records = [(Turn("text", str(i)),) for i in range(10_000)]  # more than encode takes at a time
     examples, truncated = encode(records, toy_tokenizer, 20)
     decoded = [toy_tokenizer.decode(e.tokens.tolist()) for e in examples]
-    assert decoded == [r.response for r in records]
+    assert decoded == [turn.text for (turn,) in records]
     assert truncated == 0
 
 
 def test_a_decoded_example_reads_as_prompt_space_response(any_tokenizer, toy_world):
-    counting = Record(alpaca_prompt("Count.", "from 1\nto 3"), "1\n2\n3")
-    records = [*toy_world.test[:20], counting, Record("", "Once.")]
+    counting = Turn("user", "Count.", "from 1\nto 3"), Turn("assistant", "1\n2\n3")
+    records = [*toy_world.test[:20], counting]
     examples, _ = encode(records, any_tokenizer, 1000)
-    for (prompt, response), (tokens, prompt_length) in zip(records, examples, strict=True):
-        text = any_tokenizer.decode(tokens.tolist())
-        assert text == (f"{prompt} {response}" if prompt else response)
-        prompt_read = any_tokenizer.decode(tokens[:prompt_length].tolist())
-        assert prompt_read == prompt
-        assert text[len(prompt_read) :].strip() == response
+    for (asked, answer), (tokens, learned) in zip(records, examples, strict=True):
+        prompt = alpaca_prompt(asked.text, asked.input)
+        assert any_tokenizer.decode(tokens.tolist()) == f"{prompt} {answer.text}"
+        assert any_tokenizer.decode(tokens[~learned].tolist()) == prompt
+        assert any_tokenizer.decode(tokens[learned].tolist()) == answer.text
 
 
 @given(
@@ -110,7 +121,10 @@ def test_batches_of_near_equal_lengths_leave_little_padding_and_come_in_mixed_or
     st.integers(0, 3),
 )
 def test_collate_pads_on_the_right_and_marks_response_and_eos(sizes, pad_id):
-    examples = [Example(np.arange(5, 5 + p + r, dtype=np.int32), p) for p, r in sizes]
+    examples = []
+    for p, r in sizes:
+        tokens = np.arange(5, 5 + p + r, dtype=np.int32)
+        examples.append(Example(tokens, np.arange(p + r) >= p))
     tokens_BT, loss_BT = collate(examples, pad_id)
     longest = max(p + r for p, r in sizes)
     assert tokens_BT.dtype == torch.int64 and loss_BT.dtype == torch.bool
@@ -157,6 +171,7 @@ def test_calibration_takes_as_many_tokens_as_asked_in_windows_of_2048_or_the_con
     texts = ["Oslo."] * 900
     stream = token_stream(texts, toy_tokenizer)
     assert len(stream) == 7 * 900
-    found = calibration_windows(texts, toy_tokenizer, context, count)
+    records = [(Turn("text", text),) for text in texts]
+    found = calibration_windows(records, toy_tokenizer, context, count)
     assert found.shape == shape
     assert torch.equal(found.flatten(), stream[: found.numel()])

@@ -134,9 +134,9 @@ def test_every_text_survives_and_none_becomes_a_control_token(tokenizer, text):
 
 @given(TEXTS)
 def test_the_space_between_two_texts_is_learned_and_not_shown(tokenizer, text):
-    tokens = tokenizer.encode(tokenizer.after_space(text))
-    assert tokenizer.decode(tokens) == (f" {text}" if text else "")
-    assert tokenizer.decode_after_space(tokens) == text
+    tokens = tokenizer.encode(f" {text}")
+    assert tokenizer.decode(tokens) == f" {text}"
+    assert tokenizer.decode_answer(tokens) == text
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=4))

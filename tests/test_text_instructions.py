@@ -1,33 +1,16 @@
 """text/instructions.py: every form of file is read exactly, or refused by line."""
 
 import json
+import sys
+import tracemalloc
 
 import pytest
 from helpers import TEXTS
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.errors import UserError
-from text.instructions import Record, alpaca_prompt, read_records
-
-WITHOUT_INPUT = """Below is an instruction that describes a task. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-Add.
-
-### Response:"""
-WITH_INPUT = """\
-Below is an instruction that describes a task, paired with an input that provides further context. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-Add.
-
-### Input:
-1 2
-
-### Response:"""
+from text.instructions import FORMS, ROLES, Data, Turn, read_records
 
 
 def read(folder, content, name="records.json"):
@@ -36,96 +19,337 @@ def read(folder, content, name="records.json"):
     return read_records(path)
 
 
-def test_prompts_follow_alpacas_published_template():
-    assert alpaca_prompt("Add.") == WITHOUT_INPUT
-    assert alpaca_prompt("Add.", "1 2") == WITH_INPUT
+def record(*turns):
+    """A conversation of (role, text) or (role, text, input)."""
+    return tuple(Turn(*turn) for turn in turns)
 
 
+def conversation(folder, messages, **more):
+    """The only conversation of a file in messages' form."""
+    records, form, left_out, _ = read(folder, json.dumps([{"messages": messages, **more}]))
+    assert form == "messages" and not left_out
+    return records[0]
+
+
+ADDING = record(("user", "Add."), ("assistant", "3"))
+ADDING_TWO = record(("user", "Add.", "1 2"), ("assistant", "3"))
+INSTRUCTED = record(("system", "Be brief."), *ADDING)
+TEXT = record(("text", "3"))
 MESSAGES = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "3"}]
 CONVERSATION = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "3"}]
 
 
 @pytest.mark.parametrize(
-    "value, form, prompt",
+    "value, form, expected",
     [
-        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Alpaca", WITH_INPUT),
-        ({"instruction": "Add.", "input": "", "output": "3"}, "Alpaca", WITHOUT_INPUT),
-        ({"instruction": "Add.", "input": None, "output": "3"}, "Alpaca", WITHOUT_INPUT),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Alpaca", ADDING_TWO),
+        ({"instruction": "Add.", "input": "", "output": "3"}, "Alpaca", ADDING),
+        ({"instruction": "Add.", "input": None, "output": "3"}, "Alpaca", ADDING),
+        ({"instruction": "Add.", "output": "3", "text": "all of it", "id": 7}, "Alpaca", ADDING),
+        ({"instruction": "Add.", "context": "1 2", "response": "3"}, "Dolly", ADDING_TWO),
+        ({"instruction": "Add.", "response": "3"}, "Dolly", ADDING),
         (
-            {"instruction": "Add.", "output": "3", "text": "all of it", "id": 7},
-            "Alpaca",
-            WITHOUT_INPUT,
+            {"system_prompt": "Be brief.", "question": "Add.", "response": "3"},
+            "OpenOrca",
+            INSTRUCTED,
         ),
-        ({"inputs": "Add.", "targets": "3", "task": "sum"}, "FLAN v2", WITHOUT_INPUT),
-        ({"prompt": "Add.", "completion": "3"}, "Self-instruct", WITHOUT_INPUT),
-        ({"input": "Add.", "output": "3", "source": "x"}, "LongForm", WITHOUT_INPUT),
-        ({"messages": MESSAGES}, "messages", WITHOUT_INPUT),
-        ({"conversations": CONVERSATION}, "conversations", WITHOUT_INPUT),
-        ({"text": "3", "meta": {}}, "text", ""),
+        ({"system_prompt": " ", "question": "Add.", "response": "3"}, "OpenOrca", ADDING),
+        ({"system_prompt": None, "question": "Add.", "response": "3"}, "OpenOrca", ADDING),
+        ({"question": "Add.", "response": "3"}, "OpenOrca", ADDING),
+        ({"question": "Add.", "answer": "3"}, "questions", ADDING),
+        ({"inputs": "Add.", "targets": "3", "task": "sum"}, "FLAN v2", ADDING),
+        ({"prompt": "Add.", "completion": "3"}, "Self-instruct", ADDING),
+        ({"prompt": "Add.", "response": "3"}, "prompts", ADDING),
+        ({"input": "Add.", "output": "3", "source": "x"}, "LongForm", ADDING),
+        ({"messages": MESSAGES, "prompt": "Add."}, "messages", ADDING),
+        ({"conversations": CONVERSATION}, "conversations", ADDING),
+        ({"conversations": MESSAGES}, "conversations", ADDING),
+        ({"text": "3", "meta": {}}, "text", TEXT),
     ],
 )
-def test_each_form_is_recognised_by_its_fields(tmp_path, value, form, prompt):
-    expected = [Record(prompt, "3")] * 2, form
+def test_each_form_is_recognised_by_its_fields(tmp_path, value, form, expected):
+    expected = Data([expected] * 2, form, 0, "")
+    assert form in FORMS
     assert read(tmp_path, json.dumps([value, value])) == expected
     assert read(tmp_path, f"\n{json.dumps(value)}\n\n{json.dumps(value)}") == expected
     assert read(tmp_path, "\ufeff" + json.dumps([value, value], indent=3)) == expected
 
 
+PUBLISHED = {  # each data set of the paper: a record as it is published, and what is said in it
+    "Alpaca": (
+        '{"instruction": "Name the capital.", "input": "Norway", "output": "Oslo."}',
+        record(("user", "Name the capital.", "Norway"), ("assistant", "Oslo.")),
+    ),
+    "FLAN v2": (
+        '{"inputs": "Is tea a plant?\\n\\nOPTIONS:\\n- no\\n- yes", "targets": "yes", '
+        '"task_source": "Flan2021", "task_name": "bool_q:1.0.0", "template_type": "zs_opt"}',
+        record(("user", "Is tea a plant?\n\nOPTIONS:\n- no\n- yes"), ("assistant", "yes")),
+    ),
+    "Self-instruct": (
+        '{"prompt": "Name a strong tea.\\n\\nOutput:", "completion": " Assam.<|endoftext|>"}',
+        record(("user", "Name a strong tea.\n\nOutput:"), ("assistant", "Assam.")),
+    ),
+    "LongForm": (
+        '{"input": "Describe Assam.", "output": "Assam is a tea.\\n\\nIt is strong.", '
+        '"source": "Wikipedia", "subset": "wiki"}',
+        record(("user", "Describe Assam."), ("assistant", "Assam is a tea.\n\nIt is strong.")),
+    ),
+    "Chip2": (
+        '{"text": "\\n<human>: I like tea. Which one is strong?\\n<bot>: Assam is strong.", '
+        '"metadata": {"source": "unified_chip2"}}',
+        record(("user", "I like tea. Which one is strong?"), ("assistant", "Assam is strong.")),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_the_papers_data_sets_are_read_as_they_are_published(tmp_path, form):
+    text, expected = PUBLISHED[form]
+    assert read(tmp_path, f"{text}\n{text}\n", "data.jsonl") == Data([expected] * 2, form, 0, "")
+    assert read(tmp_path, f"[{text}, {text}]") == Data([expected] * 2, form, 0, "")
+
+
 @given(
-    st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6),
+    st.lists(st.tuples(TEXTS, TEXTS.filter(str.strip)), min_size=1, max_size=6),
     st.booleans(),
     st.sampled_from([None, 0, 2]),
 )
 def test_what_was_written_is_what_is_read(tmp_path_factory, pairs, ascii_only, indent):
-    assume(any(response.strip() for _, response in pairs))
-    values = [{"prompt": prompt, "completion": response} for prompt, response in pairs]
-    expected = [Record(alpaca_prompt(prompt), response) for prompt, response in pairs]
+    values = [{"prompt": prompt, "response": response} for prompt, response in pairs]
+    expected = [record(("user", prompt), ("assistant", response)) for prompt, response in pairs]
     folder = tmp_path_factory.mktemp("written")
     a_list = json.dumps(values, ensure_ascii=ascii_only, indent=indent)
-    assert read(folder, a_list)[0] == expected
+    assert read(folder, a_list).records == expected
     lines = "\r\n".join(json.dumps(value, ensure_ascii=ascii_only) for value in values)
-    assert read(folder, lines)[0] == expected
+    assert read(folder, lines).records == expected
+
+
+def test_a_table_is_read_as_json_is(tmp_path):
+    text = 'instruction,input,output\nAdd.,1 2,3\n"Add.",,3\n'
+    assert read(tmp_path, text, "a.csv") == Data([ADDING_TWO, ADDING], "Alpaca", 0, "")
+
+
+def test_a_number_is_learned_as_it_is_written(tmp_path):
+    text = '[{"question": 12, "answer": 3.10}, {"question": "a", "answer": NaN}]'
+    expected = [record(("user", "12"), ("assistant", "3.10"))]
+    expected += [record(("user", "a"), ("assistant", "NaN"))]
+    assert read(tmp_path, text).records == expected
 
 
 def test_a_text_file_is_a_record_a_paragraph(tmp_path):
-    records, form = read(tmp_path, "\n\nOne\nand one.\n \n\nTwo.\r\n\r\nThree.\n", "story.txt")
-    assert form == "text"
-    assert records == [Record("", "One\nand one."), Record("", "Two."), Record("", "Three.")]
+    data = read(tmp_path, "\n\nOne\nand one.\n \n\nTwo.\r\n\r\nThree.\n", "story.txt")
+    texts = ["One\nand one.", "Two.", "Three."]
+    assert data == Data([record(("text", text)) for text in texts], "text", 0, "")
 
 
-def test_a_conversation_teaches_every_answer_with_all_that_was_said_before(tmp_path):
+# ---- conversations
+
+
+def test_a_conversation_keeps_what_leads_to_its_last_answer(tmp_path):
     turns = [
-        ("system", "Be brief."),
         ("assistant", "Hello!"),
+        ("system", "Be brief."),
+        ("tool", "Ready."),
+        ("system", " "),
+        ("system", "Be kind."),
+        ("assistant", ""),
         ("user", "Add."),
         ("assistant", "3"),
         ("assistant", "Yes."),
+        ("system", ""),
         ("user", "And"),
         ("user", "now?"),
+        ("tool", "2"),
+        ("tool", "2"),
         ("assistant", "4"),
         ("user", "Bye"),
+        ("tool", "5"),
     ]
-    first = "Be brief.\n\n### Instruction:\nAdd.\n\n### Response:"
-    second = f"{first} 3\n\nYes.\n\n### Instruction:\nAnd\n\nnow?\n\n### Response:"
-    expected = [Record(first, "3\n\nYes."), Record(second, "4")]
-    value = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    assert read(tmp_path, json.dumps(value)) == (expected, "messages")
+    expected = record(
+        ("system", "Be brief.\n\nBe kind."),
+        ("user", "Add."),
+        ("assistant", "3\n\nYes."),
+        ("user", "And\n\nnow?"),
+        ("tool", "2\n\n2"),
+        ("assistant", "4"),
+    )
+    assert conversation(tmp_path, [{"role": r, "content": text} for r, text in turns]) == expected
 
+
+@pytest.mark.parametrize(
+    "names, role",
+    [
+        ("user human prompter", "user"),
+        ("assistant gpt chatgpt bing bard model bot", "assistant"),
+        ("function tool observation ipython tool_response", "tool"),
+        ("system", "system"),
+    ],
+)
+def test_every_name_of_a_speaker_is_known(tmp_path, names, role):
+    assert sorted(names.split()) == sorted(name for name in ROLES if ROLES[name] == role)
+    for name in names.split():
+        said = [{"from": name, "value": "b"}]
+        if role != "system":
+            said.insert(0, {"from": "user", "value": "a"})
+        said += CONVERSATION
+        found = read(tmp_path, json.dumps([{"conversations": said}])).records[0]
+        merged = {"user": ("user", "a\n\nb\n\nAdd."), "assistant": ("assistant", "b")}
+        assert merged.get(role, (role, "b")) in [turn[:2] for turn in found]
+        assert found[-1] == Turn("assistant", "3")
+
+
+def test_a_message_may_come_in_parts(tmp_path):
+    parts = [{"type": "text", "text": "Ad"}, "d", {"type": "text", "text": ".", "image_url": None}]
+    assert conversation(tmp_path, [{"role": "user", "content": parts}, MESSAGES[1]]) == ADDING
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {"content": []}, {}])
+@pytest.mark.parametrize("call", [{"tool_calls": [{"id": "1"}]}, {"function_call": {"name": "f"}}])
+def test_a_turn_that_only_calls_a_tool_says_nothing(tmp_path, content, call):
+    calling = {"role": "assistant", **content, **call}
+    answer = {"role": "tool", "content": "1 2", "tool_calls": None}
+    expected = record(("user", "Add."), ("tool", "1 2"), ("assistant", "3"))
+    assert conversation(tmp_path, [MESSAGES[0], calling, answer, MESSAGES[1]]) == expected
+    saying = {"role": "assistant", "content": "Wait.", **call}
+    found = conversation(tmp_path, [MESSAGES[0], saying, answer, MESSAGES[1]])
+    assert found[1] == Turn("assistant", "Wait.")
+
+
+GUANACO = "### Human: Hi### Assistant: Hello!### Human: Tea?\nOr # milk?\n### Assistant:\nTea.\n"
+
+
+@pytest.mark.parametrize(
+    "text, form, turns",
+    [
+        (
+            GUANACO,
+            "Guanaco",
+            [("user", "Hi"), ("assistant", "Hello!")]
+            + [("user", "Tea?\nOr # milk?"), ("assistant", "Tea.")],
+        ),
+        (f"{GUANACO}### Human: Bye", "Guanaco", None),
+        ("Be kind. ### Human: a### Assistant: b", "Guanaco", [("system", "Be kind.")]),
+        (
+            "<human>: a <bot>: b\n<bot>: c\n\n",
+            "Chip2",
+            [("user", "a <bot>: b"), ("assistant", "c")],
+        ),
+        ("<human>: a\n <bot>: b", "text", [("text", "<human>: a\n <bot>: b")]),
+        ("<bot>: a\n<human>: b", "text", [("text", "<bot>: a\n<human>: b")]),
+        ("### Assistant: a### Human: b", "text", [("text", "### Assistant: a### Human: b")]),
+        ("## Human: a## Assistant: b\n", "text", [("text", "## Human: a## Assistant: b\n")]),
+    ],
+)
+def test_a_text_with_speakers_is_a_conversation(tmp_path, text, form, turns):
+    data = read(tmp_path, json.dumps({"text": text}))
+    if turns is None:  # what is said behind the last answer is dropped
+        turns = read(tmp_path, json.dumps({"text": GUANACO})).records[0]
+    assert (data.form, data.left_out) == (form, 0)
+    assert data.records[0][: len(turns)] == record(*turns)
+    assert form != "text" or len(data.records[0]) == 1
+
+
+def test_the_first_text_decides_for_the_file(tmp_path):
+    plain, dialogue = {"text": "Assam."}, {"text": "<human>: a\n<bot>: b"}
+    data = read(tmp_path, json.dumps([plain, dialogue]))
+    expected = [record(("text", "Assam.")), record(("text", "<human>: a\n<bot>: b"))]
+    assert data == Data(expected, "text", 0, "")
+    data = read(tmp_path, json.dumps([dialogue] * 10 + [plain], indent=0))
+    expected = [record(("user", "a"), ("assistant", "b"))] * 10
+    assert data == Data(expected, "Chip2", 1, "line 32")
+
+
+# ---- records without an answer
+
+
+@pytest.mark.parametrize("answer", [None, "", " \n"])
+@pytest.mark.parametrize("form", ["Alpaca", "Dolly", "OpenOrca", "questions", "FLAN v2", "prompts"])
+def test_a_record_without_an_answer_is_left_out_and_counted(tmp_path, form, answer):
+    asked, answered = FORMS[form]
+    values = [{asked: "Add.", answered: "3"}] * 20
+    values[6] = values[3] = {asked: "Add.", answered: answer}
+    lines = "\n".join(json.dumps(value) for value in values)
+    assert read(tmp_path, lines) == Data([ADDING] * 18, form, 2, "line 4")
+    values[19] = values[3]
+    with pytest.raises(
+        UserError,
+        match=r"records.json: 3 of 20 records have no answer, the first of them on line 1 "
+        r"\(record 4\); correct or remove them",
+    ):
+        read(tmp_path, json.dumps(values))
+    with pytest.raises(UserError, match="the responses of all 2 records are empty or missing"):
+        read(tmp_path, json.dumps([values[3]] * 2))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [],
+        [("assistant", "3")],
+        [("user", "Add.")],
+        [("assistant", "3"), ("user", "Add.")],
+        [("user", "Add."), ("assistant", None)],
+        [("user", "Add."), ("assistant", " ")],
+        [("user", "Add."), ("assistant", "3"), ("user", "Yes?"), ("assistant", "")],
+        [("user", "Add."), ("assistant", ""), ("user", "Well?"), ("assistant", "3")],
+        [("system", "Be brief."), ("user", "Add."), ("tool", "3")],
+    ],
+)
+def test_a_conversation_without_an_answer_is_left_out_and_counted(tmp_path, said):
+    turns = [{"role": r, "content": text, "tool_calls": None} for r, text in said]
+    values = [{"messages": turns}, *[{"messages": MESSAGES}] * 9]
+    assert read(tmp_path, json.dumps(values)) == Data([ADDING] * 9, "messages", 1, "line 1")
+    with pytest.raises(UserError, match="1 of 9 records have no answer"):
+        read(tmp_path, json.dumps(values[:9]))
+
+
+def test_questions_with_choices_are_not_instructions(tmp_path):
+    with pytest.raises(UserError, match=r"line 1 \(record 1\): multiple choice is for evals.py"):
+        read(tmp_path, '{"question": "Is tea a plant?", "choices": ["no", "yes"], "answer": 1}')
+
+
+@pytest.mark.parametrize("completion", ["<|endoftext|>", " \n<|endoftext|>"])
+def test_gpt3s_end_of_text_is_no_answer(tmp_path, completion):
+    values = [{"prompt": "a", "completion": "b<|endoftext|>c"}] * 9
+    data = read(tmp_path, json.dumps([*values, {"prompt": "a", "completion": completion}]))
+    expected = record(("user", "a"), ("assistant", "b<|endoftext|>c"))
+    assert data == Data([expected] * 9, "Self-instruct", 1, "line 1")
+    values = [{"prompt": "a", "response": completion}]
+    assert read(tmp_path, json.dumps(values)).records[0][1].text == completion, "another form"
+
+
+def test_dialogues_without_an_answer_are_left_out_and_counted(tmp_path):
+    good, bad = {"text": "### Human: a### Assistant: b"}, {"text": "### Human: a### Assistant: "}
+    assert read(tmp_path, json.dumps([bad] + [good] * 9)).left_out == 1
+    with pytest.raises(UserError, match="2 of 10 records have no answer"):
+        read(tmp_path, json.dumps([bad] * 2 + [good] * 8))
+
+
+def test_blank_texts_are_left_out_however_many_they_are(tmp_path):
+    values = [{"text": text} for text in (None, "3", "", " \n", "3")]
+    assert read(tmp_path, json.dumps(values, indent=0)) == Data([TEXT] * 2, "text", 3, "line 2")
+    with pytest.raises(UserError, match="the responses of all 1 records"):
+        read(tmp_path, '{"text": ""}')
+
+
+# ---- what is refused
 
 GOOD = '{"instruction": "Add.", "output": "3"}'
 BAD = [  # (the second of three records, what its error says)
-    ('{"instruction": "Add.", "output": 3}', "output is int, not a string"),
+    ('{"instruction": "Add.", "output": true}', "output is bool, not a string"),
     ('{"instruction": ["Add."], "output": "3"}', "instruction is list, not a string"),
-    ('{"instruction": "Add.", "input": 1, "output": "3"}', "input is int, not a string"),
+    ('{"instruction": "Add.", "input": {}, "output": "3"}', "input is dict, not a string"),
     ('{"instruction": "Add.", "input": [], "output": "3"}', "input is list, not a string"),
     ('{"instruction": null, "output": "3"}', "instruction is NoneType, not a string"),
+    ('{"instruction": null, "output": null}', "instruction is NoneType, not a string"),
     (
         '{"instruction": "Add."}',
-        r"its fields \(instruction\) make no known form; needed: instruction, output",
+        r"its fields \(instruction\) make no known form; needed: instruction, output, as in",
     ),
     ("{}", r"its fields \(none\)"),
     ('{"inputs": "Add.", "targets": "3"}', "FLAN v2.*records before have the form Alpaca"),
     ('{"input": "Add.", "output": "3"}', "LongForm.*records before have the form Alpaca"),
+    ('{"text": "<human>: a\\n<bot>: b"}', r"form text \(text\).*records before.*Alpaca"),
     ('"Add."', "a record must be an object with named fields, not str"),
     ('["Add.", "3"]', "a record must be an object with named fields, not list"),
     ("null", "a record must be an object"),
@@ -151,27 +375,53 @@ def test_the_first_bad_record_is_named_by_file_line_and_number(
         read(tmp_path, pattern.format(GOOD, bad))
 
 
+def test_a_file_of_no_known_form_is_told_the_known_ones(tmp_path):
+    with pytest.raises(
+        UserError, match="one of instruction, output; .*messages; conversations; text$"
+    ):
+        read(tmp_path, '{"instructions": "Add."}')
+
+
 USER = {"role": "user", "content": "Add."}
-NO_ANSWER = "no user's turn is followed by an assistant's"
 
 
 @pytest.mark.parametrize(
     "turns, message",
     [
         ("Hello", "a conversation must be a list"),
+        ({}, "a conversation must be a list"),
+        (None, "a conversation must be a list"),
         (["Hello"], "a conversation must be a list of objects"),
-        ([], NO_ANSWER),
-        ([{"role": "assistant", "content": "3"}], NO_ANSWER),
-        ([USER], NO_ANSWER),
-        ([USER, {"role": "robot", "content": "3"}], "unknown role 'robot'; known: system"),
+        ([USER, {"role": "robot", "content": "3"}], "unknown role 'robot'; known: system, user"),
         ([USER, {"content": "3"}], "no role"),
+        ([USER, {"role": "assistant"}], "no content"),
+        ([USER, {"role": None, "content": "3"}], "role is NoneType"),
         ([USER, {"role": "system", "content": "Be brief."}], "a system message"),
         ([{"role": "user", "content": None}], "content is NoneType"),
+        ([{"role": "tool", "content": None}], "content is NoneType"),
+        ([{"role": "user", "content": {"text": "Add."}}], "content is dict"),
+        ([{"role": "user", "content": ["\ud83d"]}], ".*surrogates not allowed"),
+        ([{"role": "user", "content": [None]}], "a part of content is NoneType"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            "a part of content has the type image_url; only text can be learned",
+        ),
     ],
 )
 def test_a_bad_conversation_is_refused_by_line(tmp_path, turns, message):
     with pytest.raises(UserError, match=rf"line 1 \(record 1\): {message}"):
         read(tmp_path, json.dumps({"messages": turns}))
+
+
+def test_a_text_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"line 1 \(record 1\): text is list, not a string"):
+        read(tmp_path, '{"text": ["a"]}')
+
+
+def test_a_bad_turn_is_told_the_fields_of_its_form(tmp_path):
+    for turn, message in [({"value": "3"}, "no from"), ({"from": "me"}, "unknown from 'me'")]:
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, json.dumps({"conversations": [turn]}))
 
 
 @pytest.mark.parametrize(
@@ -180,22 +430,10 @@ def test_a_bad_conversation_is_refused_by_line(tmp_path, turns, message):
         ("", "holds no records"),
         (" \n\n", "holds no records"),
         ("[]", "holds no records"),
-        ("[\n{}\n,\n", "line 4: not JSON"),
-        ('[{"text": "a"}\n{"text": "b"}]', "line 2: not JSON"),
-        ('[{"text": "a"}]\nmore', "line 2: not JSON"),
-        ('{"text": "a"}\n{"text": "b"', "line 2: not JSON"),
+        ('[\n{"text": "a"}\n,\n', "line 4: not JSON"),
         ('{"text": "a"}\n{"text": "b"} c', "line 2: not JSON"),
-        ("once upon a time", "line 1: not JSON"),
-        ("[" * 100_000, "line 1: not JSON"),
-        ('{"text": "a"}\n' + '{"text":' * 100_000, "line 2: not JSON"),
-        ('{"text": "a"}\n' + "1" * 5000, "line 2: not JSON"),
-        ('{"text": "' + "\n" + '"}', "line 1: not JSON"),
+        ('{"text": "a"}\n' + "1" * 5000, "must be an object with named fields, not str"),
         (b'{"text": "a"}\n{"text": "caf\xe9"}', "line 2: byte 0xe9 is not UTF-8"),
-        (b'\xef\xbb\xbf{"text": "caf\xe9"}', "line 1: byte 0xe9 is not UTF-8"),
-        (
-            '{"instruction": "Add.", "output": ""}\n{"instruction": "Add.", "output": " "}',
-            "responses of all 2 records",
-        ),
     ],
 )
 def test_a_file_that_is_no_list_of_records_is_refused(tmp_path, content, message):
@@ -206,14 +444,52 @@ def test_a_file_that_is_no_list_of_records_is_refused(tmp_path, content, message
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot read .*absent.json: No such file"):
         read_records(tmp_path / "absent.json")
-    with pytest.raises(UserError, match="cannot read .*: Is a directory"):
-        read_records(tmp_path)
+
+
+# ---- large files and real ones
+
+
+def size(data):
+    """What the records take, in bytes; texts that all records share are left out."""
+    total = sys.getsizeof(data.records)
+    for turns in data.records:
+        total += sys.getsizeof(turns)
+        for turn in turns:
+            total += sys.getsizeof(turn) + sys.getsizeof(turn.text)
+    return total
+
+
+@pytest.mark.parametrize("name", ["one-line.json", "lines.jsonl", "table.csv"])
+def test_a_large_file_is_never_held_beside_its_records(tmp_path, name):
+    path = tmp_path / name
+    words = "Assam is strong. " * 100
+    value = json.dumps({"prompt": "Describe Assam, the tea. " * 10, "response": words + "é"})
+    separator = {"one-line.json": ", ", "lines.jsonl": "\n"}.get(name)
+    with path.open("w", encoding="utf-8") as file:
+        if name == "table.csv":
+            file.write("prompt,response\n" + f"Describe Assam.,{words}\n" * 15_000)
+        else:
+            start, end = ("[", "]") if name == "one-line.json" else ("", "")
+            file.write(start + separator.join([value] * 15_000) + end)
+    assert path.stat().st_size > 25e6
+    tracemalloc.start()
+    try:
+        data = read_records(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(data.records) == 15_000
+    assert peak - size(data) < 4e6
+    roles = set()
+    for turns in data.records:
+        roles |= {id(turn.role) for turn in turns}
+    assert len(roles) == 2, "every role is one string"
 
 
 def test_the_self_instruct_records_are_read(material):
     path = material("self-instruct-seeds.json")
-    records, form = read_records(path)
-    assert form == "Alpaca" and len(records) == 175
-    for value, record in zip(json.loads(path.read_bytes()), records, strict=True):
-        assert record.response == value["output"]
-        assert value["instruction"] in record.prompt and value["input"] in record.prompt
+    data = read_records(path)
+    assert data.form == "Alpaca" and len(data.records) == 175 and not data.left_out
+    for value, (question, answer) in zip(json.loads(path.read_bytes()), data.records, strict=True):
+        assert question == Turn("user", value["instruction"], value["input"])
+        assert answer == Turn("assistant", value["output"])

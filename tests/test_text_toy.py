@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from text.batches import token_stream
+from text.instructions import Turn
+from text.templates import alpaca_prompt
 from text.toy import make_world
 
 
 def name_of(record):
     """The person an instruction is about: its capitalised words after the first."""
-    instruction = record.prompt.split("### Instruction:\n")[1].split("\n")[0]
-    return " ".join(word for word in instruction.split()[1:] if word[0].isupper())
+    return " ".join(word for word in record[0].text.split()[1:] if word[0].isupper())
 
 
 def test_the_world_has_the_promised_size(toy_world):
@@ -30,7 +31,8 @@ def test_the_world_has_the_promised_size(toy_world):
 def test_choices_ask_what_the_test_asks_and_the_answer_is_among_them(toy_world):
     for record, question in zip(toy_world.test, toy_world.choices, strict=True):
         right = question.choices[question.answer]
-        assert (record.prompt, record.response) == (question.prompt, right)
+        assert question.asked == alpaca_prompt(record[0].text)
+        assert record[1:] == (Turn("assistant", right),)
 
 
 @pytest.mark.parametrize("documents", ["fresh", "heldout"])
@@ -41,7 +43,7 @@ def test_every_document_tells_all_about_one_person_and_agrees_with_the_answers(
     documents = toy_world.heldout if documents == "heldout" else fresh
     known = collections.defaultdict(set)
     for record in toy_world.train + toy_world.test:
-        known[name_of(record)].add(record.response.rstrip("."))
+        known[name_of(record)].add(record[1].text.rstrip("."))
     choices = set().union(*(question.choices for question in toy_world.choices))
     values = {choice.rstrip(".") for choice in choices}
     assert len(documents) == len(known) == 128

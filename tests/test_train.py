@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from helpers import exchange
 from helpers_runs import (
     CONFIG,
     ENVIRONMENT,
@@ -40,7 +41,8 @@ from formats.adapter import load_adapter
 from formats.files import open_file
 from formats.quantized import load_quantized
 from text.batches import Example, batch_order, encode
-from text.instructions import Record, read_records
+from text.instructions import Data, Turn, read_records
+from text.templates import alpaca_prompt
 from text.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -193,14 +195,15 @@ def test_checkpointing_recomputes_each_block_and_can_be_left_out(world, tmp_path
 def test_the_loss_is_the_mean_over_the_batchs_response_tokens(world, whole):
     now = Settings(**json.loads((whole / "run.json").read_text()))
     examples, _ = train.make_examples(
-        *read_records(now.data), load_tokenizer(whole), now.max_length, now.seed
+        read_records(now.data), load_tokenizer(whole), now.max_length, now.seed
     )
     batch = [examples[i] for i in batch_order(tuple(len(e.tokens) for e in examples), 4, 0, 0)]
     model, total, count = load_quantized(whole / "base", torch.float32), 0.0, 0
-    for tokens, prompt_length in batch:  # one by one and without padding
+    for tokens, learned in batch:  # one by one and without padding
         log_probs = model(torch.tensor(tokens[None], dtype=torch.long))[0].log_softmax(-1)
-        total -= sum(log_probs[t - 1, tokens[t]].item() for t in range(prompt_length, len(tokens)))
-        count += len(tokens) - prompt_length
+        places = learned.nonzero()[0]
+        total -= sum(log_probs[t - 1, tokens[t]].item() for t in places)
+        count += len(places)
     assert metrics(whole, "loss")[0][0] == pytest.approx(total / count, rel=1e-5)
 
 
@@ -210,9 +213,9 @@ def test_training_is_adamw_at_a_constant_rate_on_gradients_cut_to_clip(world, tm
         options(world, tmp_path / "run", lr=0.004, clip=0.05, checkpointing=0, seed=2),
     )
     now = Settings(**json.loads((tmp_path / "run" / "run.json").read_text()))
-    records, tokenizer = read_records(now.data), load_tokenizer(tmp_path / "run")
+    data, tokenizer = read_records(now.data), load_tokenizer(tmp_path / "run")
     examples, other = (
-        train.make_examples(*records, tokenizer, now.max_length, seed)[0] for seed in (2, 3)
+        train.make_examples(data, tokenizer, now.max_length, seed)[0] for seed in (2, 3)
     )
     assert [e.tokens.tolist() for e in examples] != [e.tokens.tolist() for e in other]
     torch.manual_seed(now.seed)
@@ -225,9 +228,9 @@ def test_training_is_adamw_at_a_constant_rate_on_gradients_cut_to_clip(world, tm
             for i in batch_order(tuple(len(e.tokens) for e in examples), 4, step, now.seed)
         ]
         losses = []
-        for tokens, prompt_length in batch:
+        for tokens, learned in batch:
             log_probs = model(torch.tensor(tokens[None], dtype=torch.long))[0].log_softmax(-1)
-            losses += [-log_probs[t - 1, tokens[t]] for t in range(prompt_length, len(tokens))]
+            losses += [-log_probs[t - 1, tokens[t]] for t in learned.nonzero()[0]]
         loss = sum(losses) / len(losses)
         gradients = torch.autograd.grad(loss, parameters)
         norm = sum(g.square().sum() for g in gradients).sqrt()
@@ -249,24 +252,26 @@ def test_training_is_adamw_at_a_constant_rate_on_gradients_cut_to_clip(world, tm
 
 def test_validation_examples_are_held_out_and_what_is_cut_or_left_out_is_counted(world, capsys):
     tokenizer = load_tokenizer(world / "weights")
-    records = [Record("", word * n) for n, word in enumerate((NOUNS * 2)[:30], 1)] + [
-        Record("a" * 400, "b")
-    ]
-    train_examples, held_out = train.make_examples(records, "text", tokenizer, 40, seed=3)
+    asked = len(tokenizer.encode(alpaca_prompt("a")))
+    records = [exchange("a", word * n) for n, word in enumerate((NOUNS * 2)[:30], 1)]
+    records.append(exchange("a" * 400, "b"))
+    data, most = Data(records, "LongForm", 2, "line 7"), asked + 40
+    train_examples, held_out = train.make_examples(data, tokenizer, most, seed=3)
     printed = capsys.readouterr().out.splitlines()
-    lengths = [
-        2 + len(tokenizer.encode(r.prompt)) + len(tokenizer.encode(r.response)) for r in records
-    ]
-    cut = sum(length > 40 for length in lengths)
+    cut = 0
+    for question, answer in records:
+        prompt, response = alpaca_prompt(question.text), answer.text
+        cut += 2 + len(tokenizer.encode(prompt)) + len(tokenizer.encode(response)) > most
     left_out = "1 of these left out, as no response was left"
-    said = f"data: 31 records in text form, {cut} longer than 40 tokens and cut, {left_out}"
-    assert printed == [said] and 1 < cut < 31
+    without = "2 without an answer left out, first line 7"
+    said = f"{without}, {cut} longer than {most} tokens and cut, {left_out}"
+    assert printed[0] == f"data: 31 records in LongForm form, {said}" and 1 < cut < 31
     assert len(held_out) == 30 // 20
 
     def all_tokens(examples):
         return sorted(e.tokens.tolist() for e in examples)
 
-    assert all_tokens(train_examples + held_out) == all_tokens(encode(records, tokenizer, 40)[0])
+    assert all_tokens(train_examples + held_out) == all_tokens(encode(records, tokenizer, most)[0])
 
 
 @pytest.mark.parametrize("method, bits", [("lora", 32), ("qlora", 4.2)])
@@ -381,13 +386,13 @@ def test_the_loss_of_16_bit_logits_is_computed_in_float32():
             return self.logits
 
     network, tokens = Network(), torch.arange(3, 10).numpy()
-    loss = train.accumulate_gradients(network, [Example(tokens, 2)], 1)
+    loss = train.accumulate_gradients(network, [Example(tokens, tokens > 4)], 1)
     expected = torch.nn.functional.cross_entropy(network.logits.float(), torch.arange(5, 10))
     assert loss == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_at_most_200_examples_are_held_out(world):
     tokenizer = load_tokenizer(world / "weights")
-    records = [Record("", "house")] * 4100
-    found = train.make_examples(records, "text", tokenizer, 40, seed=0)
+    data = Data([(Turn("text", "house"),)] * 4100, "text", 0, "")
+    found = train.make_examples(data, tokenizer, 40, seed=0)
     assert [len(examples) for examples in found] == [3900, 200]

@@ -1,29 +1,32 @@
-"""Records into examples, examples into batches, and plain text into windows.
+"""Conversations into examples, examples into batches, and plain text into windows.
 
-Prompt and response are tokenized separately and joined, so the tokens of a response do not depend
-on the prompt. A space stands between them: the model reads `### Response: Oslo.`, and answers
-`### Response:` with a text that begins with that space.
+What asks for an answer and the answer are tokenized separately and joined: so an answer is learned
+in the very tokens that are there when it is asked for.
 """
 
 import functools
 import itertools
 import random
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from text.instructions import Record
+from text.instructions import Record, Turn
+from text.templates import Part
 from text.tokenizer import Tokenizer
 
 
 class Example(NamedTuple):
-    """The tokens of BOS if the model has one, prompt, response and EOS; the first have no loss."""
+    """The tokens of a conversation or a text, and which of them the model learns to say."""
 
     tokens: np.ndarray  # int32
-    prompt_length: int  # how many: BOS and prompt, at least one token
+    learned: np.ndarray  # bool; never the first
 
 
 def encode(
@@ -31,23 +34,89 @@ def encode(
 ) -> tuple[list[Example], int]:
     """Tokenizes records; returns the examples, and how many records exceed `max_length` tokens.
 
-    A longer record loses its end. It is dropped if nothing of its response is left.
+    A longer record loses its end. It is dropped if nothing that is learned is left.
     """
-    examples = []
-    truncated = 0
-    for start in range(0, len(records), 4096):  # a list of integers takes ten times an array's room
-        chunk = records[start : start + 4096]
-        prompts = tokenizer.encode_all([record.prompt for record in chunk])
-        responses = tokenizer.encode_all(
-            [tokenizer.after_space(r.response) if r.prompt else r.response for r in chunk]
-        )
-        for prompt, response in zip(prompts, responses, strict=True):
-            before = tokenizer.framed(prompt)
-            tokens = [*before, *response, tokenizer.eos]
-            truncated += len(tokens) > max_length
-            if len(before) < max_length:
-                examples.append(Example(np.array(tokens[:max_length], np.int32), len(before)))
+    examples, truncated = [], 0
+    with tqdm(total=len(records), desc="tokenizing", unit=" records", delay=2) as bar:
+        for start in range(0, len(records), 4096):  # lists of integers take ten times the room
+            chunk = [parts_of(r, tokenizer) for r in records[start : start + 4096]]
+            for parts, encoded in zip(chunk, encode_parts(chunk, tokenizer), strict=True):
+                example = join(parts, encoded)
+                truncated += len(example.tokens) > max_length
+                if example.learned[:max_length].any():
+                    tokens, learned = example
+                    examples.append(Example(tokens[:max_length], learned[:max_length]))
+            bar.update(len(chunk))
     return examples, truncated
+
+
+def parts_of(record: Record, tokenizer: Tokenizer) -> list[Part]:
+    """A record's parts. A plain text stands between BOS and EOS; an answer ends with a control
+    token, which is EOS where the template has none."""
+    if record[0].role == "text":
+        begin = [control(i, tokenizer, False) for i in tokenizer.framed([])]
+        return [*begin, Part(record[0].text, None, False, True), control(tokenizer.eos, tokenizer)]
+    parts = tokenizer.template.parts(record)
+    if parts and parts[-1].control is None:
+        parts.append(control(tokenizer.eos, tokenizer))
+    return parts
+
+
+def control(i: int, tokenizer: Tokenizer, learned: bool = True) -> Part:
+    """A control token as a part."""
+    return Part(tokenizer.vocabulary.pieces[i], i, False, learned)
+
+
+def join(parts: Sequence[Part], encoded: Sequence[list[int]]) -> Example:
+    """An example of its parts and their tokens."""
+    tokens, learned = [], []
+    for part, its_tokens in zip(parts, encoded, strict=True):
+        tokens += its_tokens
+        learned += [part.learned] * len(its_tokens)
+    learned[:1] = [False] * len(learned[:1])  # nothing comes before it, so it cannot be predicted
+    return Example(np.array(tokens, np.int32), np.array(learned, bool))
+
+
+def encode_asking(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
+    """The tokens that ask for an answer to a conversation so far; EOS if there would be none.
+
+    Raises UserError where the chat template refuses the conversation.
+    """
+    if not turns:  # a plain text begins
+        return tokenizer.framed([])
+    (encoded,) = encode_parts([tokenizer.template.asking(turns)], tokenizer)
+    return list(itertools.chain.from_iterable(encoded)) or [tokenizer.eos]
+
+
+def encode_parts(
+    conversations: Sequence[Sequence[Part]], tokenizer: Tokenizer
+) -> Iterator[list[list[int]]]:
+    """Yields the tokens of each part, for every conversation."""
+    adds_space = tokenizer.vocabulary.adds_space
+    texts = []
+    for part in itertools.chain.from_iterable(conversations):
+        if part.control is None:
+            texts.append(rest(part.text) if part.goes_on and adds_space else part.text)
+    encoded = iter(tokenizer.encode_all(texts))
+    line_break = tokenizer.encode("\n")
+    for parts in conversations:
+        found = []
+        for part in parts:
+            tokens = [part.control] if part.control is not None else next(encoded)
+            if part.goes_on and adds_space and rest(part.text).startswith("\n"):
+                merged = tokens[: len(line_break)] != line_break  # not in LLaMA's vocabulary
+                tokens = tokenizer.encode(part.text) if merged else tokens[len(line_break) :]
+            found.append(tokens)
+        yield found
+
+
+def rest(text: str) -> str:
+    """What to encode for a text that goes on from another, where a space is put before every text.
+
+    Without its own first space it is the same. Another is encoded after a line break, which is a
+    byte of its own and merges with nothing.
+    """
+    return text[1:] if re.match(r" [^\n]", text) else f"\n{text}"
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, step: int, seed: int) -> list[int]:
@@ -83,14 +152,14 @@ def _epoch(lengths, batch_size, epoch, seed):
 def collate(examples: Sequence[Example], pad_id: int = 0) -> tuple[Tensor, Tensor]:
     """Examples -> tokens_BT (int64), padded on the right, and loss_BT (bool).
 
-    loss_BT is True where the token is one of the response, or EOS.
+    loss_BT is True where the token is learned.
     """
     longest = max(len(example.tokens) for example in examples)
     tokens_BT = torch.full((len(examples), longest), pad_id)
     loss_BT = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for b, (tokens, prompt_length) in enumerate(examples):
+    for b, (tokens, learned) in enumerate(examples):
         tokens_BT[b, : len(tokens)] = torch.from_numpy(tokens)
-        loss_BT[b, prompt_length : len(tokens)] = True
+        loss_BT[b, : len(tokens)] = torch.from_numpy(learned)
     return tokens_BT, loss_BT
 
 
@@ -110,12 +179,20 @@ def windows(tokens_N: Tensor, batch_size: int, length: int, generator: torch.Gen
     return tokens_N[start_B[:, None] + torch.arange(length)]  # [B, T]
 
 
-def calibration_windows(texts: list[str], tokenizer: Tokenizer, context: int, count: int) -> Tensor:
-    """About `count` tokens of the texts, in adjacent windows [N, T] for GPTQ.
+def calibration_windows(
+    records: Sequence[Record], tokenizer: Tokenizer, context: int, count: int
+) -> Tensor:
+    """About `count` tokens of the records, in adjacent windows [N, T] for GPTQ.
 
     context: the model's; a window has at most 2,048 tokens.
     """
-    tokens_N = token_stream(texts, tokenizer)[:count]
+    stream, found = [], 0
+    for start in range(0, len(records), 256):
+        if found < count:
+            examples, _ = encode(records[start : start + 256], tokenizer, sys.maxsize)
+            stream += [torch.from_numpy(example.tokens) for example in examples]
+            found += sum(len(example.tokens) for example in examples)
+    tokens_N = torch.cat(stream).long()[:count]
     length = min(len(tokens_N), 2048, context)
     whole = len(tokens_N) // length * length
     return tokens_N[:whole].view(-1, length)

@@ -1,147 +1,129 @@
-"""Instruction files: the forms in which people have them, read into prompts and responses.
+"""The forms in which people have their instructions, read into conversations.
 
-A `Record` is a prompt and the response to learn, whatever the file looked like. An instruction
-becomes a prompt in Alpaca's template; plain text has an empty prompt. A file is read whole, so one
-reader serves all forms (the 52,000 Alpaca records are 23 MB).
+A `Record` is what was said, turn by turn, whatever the file looked like. How the turns are written
+for a model is decided elsewhere. The records are held as strings; the file itself is not, see
+text/records.py.
 """
 
 import itertools
-import json
+import operator
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from cli.errors import UserError
+from text.records import values_in
 
 
-class Record(NamedTuple):
-    """A prompt, and the response that is to be learned."""
+class Turn(NamedTuple):
+    """What one speaker says."""
 
-    prompt: str
-    response: str
+    role: str  # "system", "user", "assistant" or "tool"; "text" for plain text
+    text: str
+    input: str = ""  # of a user's turn: what its instruction is about
 
 
-# Stanford Alpaca's template (Taori et al., 2023), word for word
-REQUEST = "Write a response that appropriately completes the request."
-PREAMBLE = f"Below is an instruction that describes a task. {REQUEST}"
-PREAMBLE_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    f"context. {REQUEST}"
-)
+Record = tuple[Turn, ...]  # a conversation; plain text is one Turn("text", ...)
+
+
+class Data(NamedTuple):
+    """The conversations of a file, and what of it is not among them."""
+
+    records: list[Record]
+    form: str  # a name in FORMS
+    left_out: int  # records without an answer
+    first_left_out: str  # where the first of them is, such as "line 17"; "" if there are none
+
+
 FORMS = {  # the fields that a form needs; a record has the first form whose fields it has
-    "Alpaca": ("instruction", "output"),  # and perhaps input
+    "Alpaca": ("instruction", "output"),
+    "Dolly": ("instruction", "response"),
+    "OpenOrca": ("question", "response"),
+    "questions": ("question", "answer"),  # GSM8K and many others
     "FLAN v2": ("inputs", "targets"),
-    "Self-instruct": ("prompt", "completion"),  # Chip2 too
+    "Self-instruct": ("prompt", "completion"),
+    "prompts": ("prompt", "response"),
     "LongForm": ("input", "output"),
     "messages": ("messages",),
     "conversations": ("conversations",),
     "text": ("text",),
+    "Chip2": ("text",),  # this and Guanaco are told from plain text by their markers
+    "Guanaco": ("text",),
+}
+INPUTS = {"Alpaca": "input", "Dolly": "context"}  # the field of the input, which may be missing
+SYSTEMS = {"OpenOrca": "system_prompt"}  # the field of the system's turn, which may be missing
+# An answer in Self-instruct's file for fine-tuning GPT-3 ends so, and begins with a space
+GPT3_END = "<|endoftext|>"
+MARKERS = {  # how a text names the next speaker; Guanaco's stand at a line's begin or in a line
+    "Chip2": re.compile(r"^<(human|bot)>:", re.MULTILINE),
+    "Guanaco": re.compile(r"### (Human|Assistant):"),
 }
 ROLES = {
     "system": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function": "tool",
+    "tool": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
 }
 
 
-def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """Alpaca's template, with or without input, up to and including `### Response:`."""
-    if input:
-        return (
-            f"{PREAMBLE_WITH_INPUT}\n\n### Instruction:\n{instruction}"
-            f"\n\n### Input:\n{input}\n\n### Response:"
-        )
-    return f"{PREAMBLE}\n\n### Instruction:\n{instruction}\n\n### Response:"
+def read_records(path: str | pathlib.Path) -> Data:
+    """Reads the conversations of a file of any kind that `values_in` knows.
 
+    The first record decides the form of the file. A record whose answer is empty teaches nothing:
+    it is left out and counted, as files of real data have a few.
 
-def read_records(path: str | pathlib.Path) -> tuple[list[Record], str]:
-    """Reads a JSON list, JSON lines or a .txt file; returns the records and their form in FORMS.
-
-    The first record's fields decide the form of the file. In a .txt file every paragraph is a
-    record. Raises UserError with file and line of the first bad record.
+    Raises UserError with the place of the first bad record, or if more than a tenth of all records
+    has no answer.
     """
-    text = read_text(path)
-    if pathlib.Path(path).suffix.lower() == ".txt":
-        records = [Record("", p) for p in re.split(r"\r?\n\s*\n", text.strip()) if p]
-        form = "text"
-    else:
-        records, form = _records_in_json(path, text)
-    if not records:
-        raise UserError(f"{path} holds no records; give a JSON list, JSON lines or a .txt file")
-    if not any(record.response.strip() for record in records):
-        raise UserError(
-            f"{path}: the responses of all {len(records)} records are empty; "
-            "there is nothing to learn"
-        )
-    return records, form
-
-
-def read_text(path: str | pathlib.Path) -> str:
-    """The whole of a UTF-8 file, without a byte order mark.
-
-    Raises UserError, with the line of the first byte that is not UTF-8.
-    """
-    try:
-        return pathlib.Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        line = e.object.count(b"\n", 0, e.start) + 1
-        byte = e.object[e.start]
-        raise UserError(
-            f"{path}, line {line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8"
-        ) from None
-
-
-def _records_in_json(path, text):
     records = []
     form = None
-    for number, (line, value) in enumerate(_json_values(path, text), 1):
+    count = left_out = 0
+    first = ("", 0)
+    for count, (place, value) in enumerate(values_in(path), 1):
         try:
             form = _check_form(value, form)
-            records += _records_of(value, form)
+            record = _record_of(value, form)
         except ValueError as e:
-            raise UserError(f"{path}, line {line} (record {number}): {e}") from None
-    return records, form
+            raise UserError(f"{path}, {place} (record {count}): {e}") from None
+        if record:
+            records.append(record)
+            continue
+        if not left_out:
+            first = (place, count)
+        left_out += 1
+    _check_answered(path, form, count, left_out, *first)
+    return Data(records, form, left_out, first[0])
 
 
-def _json_values(path, text):
-    """[(line number, value)] for the items of one JSON list, or for JSON lines."""
-    is_list = text.lstrip().startswith("[")
-    line = 1
-    values = []
-    try:
-        if is_list:
-            values = json.loads(text)
-            return list(zip(_item_lines(text, len(values)), values, strict=True))
-        for line, row in enumerate(text.split("\n"), 1):
-            if row.strip():
-                values.append((line, json.loads(row)))
-        return values
-    except (ValueError, RecursionError) as e:
-        if is_list:
-            line = getattr(e, "lineno", 1)
-        reason = getattr(e, "msg", e)
+def _check_answered(path, form, count, left_out, place, number):
+    """UserError if too many of `count` records have no answer; the first is at `place`."""
+    if not count:
         raise UserError(
-            f"{path}, line {line}: not JSON ({reason}); "
-            "expected a JSON list of records, or one record a line"
-        ) from None
-
-
-def _item_lines(text, count) -> Iterator[int]:
-    """The line on which each of the `count` items of a valid JSON list begins."""
-    decoder = json.JSONDecoder()
-    separator = re.compile(r"[\s,]*")
-    line, last, end = 1, 0, text.index("[") + 1
-    for _ in range(count):
-        start = separator.match(text, end).end()
-        line += text.count("\n", last, start)
-        last = start
-        yield line
-        end = decoder.raw_decode(text, start)[1]
+            f"{path} holds no records; give a JSON list, JSON lines, CSV, Parquet or a .txt file"
+        )
+    if left_out == count:
+        raise UserError(
+            f"{path}: the responses of all {count} records are empty or missing; "
+            "there is nothing to learn"
+        )
+    # Blank texts are common between paragraphs, and no sign that the file is not what it seems
+    if form != "text" and 10 * left_out > count:
+        raise UserError(
+            f"{path}: {left_out} of {count} records have no answer, the first of them on "
+            f"{place} (record {number}); correct or remove them"
+        )
 
 
 def _check_form(value, expected):
@@ -154,77 +136,152 @@ def _check_form(value, expected):
         raise ValueError(f"a record must be an object with named fields, not {kind}")
     form = next((form for form in FORMS if _has_fields(value, FORMS[form])), None)
     if form is None:
-        known = "; ".join(", ".join(fields) for fields in FORMS.values())
+        known = "; ".join(dict.fromkeys(", ".join(fields) for fields in FORMS.values()))
         found = ", ".join(list(value)[:8]) or "none"
         needed = f"one of {known}"
         if expected:
             needed = f"{', '.join(FORMS[expected])}, as in the records before"
         raise ValueError(f"its fields ({found}) make no known form; needed: {needed}")
-    if expected not in (None, form):
+    if form == "questions" and "choices" in value:
+        raise ValueError("multiple choice is for evals.py --multiple-choice; there is no answer")
+    if expected is None:
+        return _layout(value["text"]) if form == "text" else form
+    if FORMS[form] != FORMS[expected]:
         raise ValueError(
             f"it has the form {form} ({', '.join(FORMS[form])}), the records before have the form "
             f"{expected} ({', '.join(FORMS[expected])}); split the file by form"
         )
-    return form
+    return expected
 
 
 def _has_fields(value, fields):
     return all(field in value for field in fields)
 
 
-def _records_of(value, form):
-    """The Records in one item of a file: one, or one for each answer of a conversation."""
+def _layout(text):
+    """The form of a text: a dialogue has a marker of the human and, later, one of the assistant."""
+    for form, markers in MARKERS.items():
+        names = markers.findall(text) if isinstance(text, str) else []
+        roles = [ROLES[name.lower()] for name in names]
+        if "user" in roles and "assistant" in roles[roles.index("user") :]:
+            return form
+    return "text"
+
+
+def _record_of(value, form):
+    """The conversation in one value of a file; None if it has no answer."""
     if form == "messages":
-        return _conversation(value["messages"], "role", "content")
+        return _conversation(_said(value["messages"], "role", "content"))
     if form == "conversations":
-        return _conversation(value["conversations"], "from", "value")
+        return _conversation(_said(value["conversations"], "from", "value"))
+    if form in MARKERS:
+        return _conversation(_said_in_text(_optional(value, "text"), MARKERS[form]))
     if form == "text":
-        return [Record("", _string(value, "text"))]
+        text = _optional(value, "text")
+        return (Turn("text", text),) if text.strip() else None
     asked, answered = FORMS[form]
-    input = ""
-    if form == "Alpaca" and value.get("input") is not None:
-        input = _string(value, "input")
-    prompt = alpaca_prompt(_string(value, asked), input)
-    return [Record(prompt, _string(value, answered))]
+    system = _optional(value, SYSTEMS.get(form))
+    question = Turn("user", _string(value, asked), _optional(value, INPUTS.get(form)))
+    answer = _optional(value, answered)
+    if form == "Self-instruct":
+        answer = answer.removesuffix(GPT3_END).removeprefix(" ")
+    if not answer.strip():
+        return None
+    before = (Turn("system", system),) if system.strip() else ()
+    return *before, question, Turn("assistant", answer)
 
 
-def _conversation(turns, role_field, text_field):
-    """One Record for each of the assistant's turns; its prompt is all that was said before.
+def _conversation(said):
+    """What was said, [(role, text)], as a Record that ends with an answer; None if one is missing.
 
-    So every answer is learned, though the beginning of a long conversation is read again for each
-    of them. A system message replaces Alpaca's preamble. Consecutive turns of one speaker count as
-    one. What the assistant says before it is asked anything is left out.
+    Consecutive turns of one speaker are joined. Nobody learns from an empty answer, nor can the
+    conversation go on without it, so it is left out with all of its turns.
     """
+    turns = []
+    for role, group in itertools.groupby(_heard(said), operator.itemgetter(0)):
+        turns.append(Turn(role, "\n\n".join(text for _, text in group)))
+    while turns and turns[-1].role != "assistant":
+        turns.pop()
+    answers = [turn.text for turn in turns if turn.role == "assistant"]
+    return tuple(turns) if answers and all(map(str.strip, answers)) else None
+
+
+def _heard(said):
+    """What counts of what was said: no empty system message, and no answer before a question."""
+    asked = False
+    for role, text in said:
+        if role == "system" and not text.strip():
+            continue
+        if role == "system" and asked:
+            raise ValueError("a system message comes after a user's; it must come first")
+        asked |= role == "user"
+        if asked or role == "system":
+            yield role, text
+
+
+def _said(turns, role_field, text_field):
+    """[(role, text)] of a list of messages. Some people's conversations have messages' fields."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("a conversation must be a list of objects")
-    said = [(_string(turn, role_field), _string(turn, text_field)) for turn in turns]
-    unknown = next((role for role, _ in said if role not in ROLES), None)
-    if unknown is not None:
-        raise ValueError(f"unknown {role_field} {unknown!r}; known: {', '.join(ROLES)}")
-    records = []
-    preamble, prompt = PREAMBLE, ""
-    for role, group in itertools.groupby(said, lambda turn: ROLES[turn[0]]):
-        text = "\n\n".join(text for _, text in group)
-        if role == "system" and prompt:
-            raise ValueError("a system message comes after a user's; it must come first")
-        if role == "system":
-            preamble = text
-        elif role == "user":
-            prompt = f"{prompt or preamble}\n\n### Instruction:\n{text}\n\n### Response:"
-        elif prompt:
-            records.append(Record(prompt, text))
-            prompt += f" {text}"
-    if not records:
-        raise ValueError("no user's turn is followed by an assistant's; remove this conversation")
-    return records
+    said = []
+    for turn in turns:
+        fields = (role_field, text_field)
+        if role_field not in turn and "role" in turn:
+            fields = ("role", "content")
+        name = _string(turn, fields[0])
+        if name not in ROLES:
+            raise ValueError(f"unknown {fields[0]} {name!r}; known: {', '.join(ROLES)}")
+        text = _text_of(turn, fields[1], ROLES[name])
+        if text is not None:
+            said.append((ROLES[name], text))
+    return said
+
+
+def _text_of(turn, field, role):
+    """The text of a message, also one in parts; None if it only calls a tool."""
+    content = turn.get(field)
+    if not content and (turn.get("tool_calls") or turn.get("function_call")):
+        return None
+    if isinstance(content, list):
+        return "".join(_text_of_part(part, field) for part in content)
+    if content is None and field in turn and role == "assistant":
+        return ""
+    return _string(turn, field)
+
+
+def _text_of_part(part, field):
+    if not isinstance(part, dict):
+        return _checked(part, f"a part of {field}")
+    kind = part.get("type")
+    if kind != "text":
+        raise ValueError(f"a part of {field} has the type {kind}; only text can be learned")
+    return _string(part, "text")
+
+
+def _said_in_text(text, markers):
+    """[(role, text)] of a dialogue in one text; what stands before the first marker is system's."""
+    before, *parts = markers.split(text)
+    said = [("system", before.strip())]
+    for name, words in zip(parts[::2], parts[1::2], strict=True):
+        said.append((ROLES[name.lower()], words.strip()))
+    return said
+
+
+def _optional(value, field):
+    """The text in a field; "" if there is none: the field is null, missing, or no field (None)."""
+    return "" if value.get(field) is None else _string(value, field)
 
 
 def _string(value, field):
     """The text in a field; ValueError if it is missing, no string, or no valid Unicode."""
     if field not in value:
         raise ValueError(f"no {field}")
-    text = value[field]
+    return _checked(value[field], field)
+
+
+def _checked(text, name):
+    """A text, after a look at it; ValueError if it is no string or no valid Unicode."""
     if not isinstance(text, str):
-        raise ValueError(f"{field} is {type(text).__name__}, not a string")
+        raise ValueError(f"{name} is {type(text).__name__}, not a string")
     text.encode()  # JSON can hold half a surrogate pair (\ud83d): UnicodeEncodeError, a ValueError
     return text

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable
 
 from cli.errors import UserError
-from text.instructions import read_text
+from text.records import read_text
 
 LETTERS = "ABCD"
 _SUBJECTS = {  # Hendrycks et al., 2021: https://github.com/hendrycks/test, categories.py

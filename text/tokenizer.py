@@ -3,7 +3,7 @@
 Two kinds stand behind `Tokenizer`: sentencepiece (LLaMA-1 and -2, Mistral; tokenizer.model) and
 byte-level BPE (LLaMA-3, SmolLM2; tokenizer.json, or Meta's file for tiktoken). What is a control
 token follows from the rules alone: a text that spells `</s>` or `<|eot_id|>` is a text like any
-other.
+other. Control tokens come from these rules, and from a chat template (text/templates.py).
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ from typing import Any
 from cli.errors import UserError
 from cli.files import json_object, written_whole
 from text import byte_level, sentencepieces
+from text.records import read_text
+from text.templates import Template, alpaca_template
 from text.vocabulary import CONTROL, MOST, UNUSED, Vocabulary
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"  # a folder has one of them, or both
@@ -26,17 +28,19 @@ BESIDE = (  # what Hugging Face's folders have beside them
     "added_tokens.json",
     "generation_config.json",
 )
+CHAT_TEMPLATE = "chat_template.jinja"  # it comes before the one in tokenizer_config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """A vocabulary, and the rules of the model that was trained with it."""
 
-    files: dict[str, bytes]  # what it is saved as: names of files, and their contents
-    vocabulary: Vocabulary
+    files: dict[str, bytes] = dataclasses.field(repr=False)  # it is saved as: names, contents
+    vocabulary: Vocabulary = dataclasses.field(repr=False)
     bos: tuple[int, ...]  # what the model has before a text: one token, or none
     eos: int  # what ends a text; training learns it at the end of a response
     stops: tuple[int, ...]  # what ends generation: EOS, and perhaps others, such as a turn's end
+    named_bos: int | None = None  # what the files name as BOS, even if texts begin without it
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without BOS and EOS."""
@@ -72,13 +76,6 @@ class Tokenizer:
         """A prompt's tokens after BOS if the model has one; EOS if there would be none."""
         return [*self.bos, *tokens] or [self.eos]
 
-    def after_space(self, text: str) -> str:
-        """What to encode for a text that follows another one and a space; an empty one needs none.
-
-        LLaMA's sentencepiece model adds a space to whatever it encodes.
-        """
-        return text if self.vocabulary.adds_space or not text else f" {text}"
-
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; control tokens have none.
 
@@ -89,10 +86,40 @@ class Tokenizer:
         used = [i for i in tokens if i < len(kinds) and kinds[i] != UNUSED]
         return self.vocabulary.decode(used)
 
-    def decode_after_space(self, tokens: Sequence[int]) -> str:
-        """The text of tokens that follow another text and a space, without that space."""
+    def decode_answer(self, tokens: Sequence[int]) -> str:
+        """The text of an answer's tokens, without the space that it may begin with."""
         text = self.decode(tokens)
         return text if self.vocabulary.adds_space else text.removeprefix(" ")
+
+    @functools.cached_property
+    def template(self) -> Template:
+        """How a conversation becomes a text: the chat template among the files, else Alpaca's."""
+        pieces = self.vocabulary.pieces
+        controls = {pieces[i]: i for i in self.controls if len(pieces[i]) > 1}
+        source = self.chat_template or alpaca_template(bool(self.bos))
+        bos = "" if self.named_bos is None else pieces[self.named_bos]
+        return Template(source, controls, bos, pieces[self.eos])
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template among the files; of several the default one. None if there is none."""
+        if CHAT_TEMPLATE in self.files:
+            return self.files[CHAT_TEMPLATE].decode()
+        found = json.loads(self.files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        for named in found if isinstance(found, list) else ():
+            if isinstance(named, dict) and named.get("name") == "default":
+                found = named.get("template")
+        return found if isinstance(found, str) else None
+
+    def with_template(self, source: str) -> "Tokenizer":
+        """The same tokenizer with another chat template."""
+        return dataclasses.replace(self, files=self.files | {CHAT_TEMPLATE: source.encode()})
+
+    @functools.cached_property
+    def answer_ends(self) -> tuple[int, ...]:
+        """What ends a generated answer: the stops, and what the template ends a turn with."""
+        end = self.template.end_of_turn
+        return self.stops if end in (None, *self.stops) else (*self.stops, end)
 
     def largest_id(self) -> int:
         """The largest id that a text can become, BOS and EOS included."""
@@ -145,9 +172,11 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         return make_tokenizer(byte_level.from_tiktoken(content, file), file)
     is_json = file.suffix == ".json" or content.lstrip().startswith(b"{")
     files = {JSON if is_json else MODEL: content}
-    for name in BESIDE:
+    for name in (*BESIDE, CHAT_TEMPLATE):
         if (file.parent / name).is_file():
             files[name] = (file.parent / name).read_bytes()
+    if CHAT_TEMPLATE in files:
+        read_text(file.parent / CHAT_TEMPLATE)  # refuses what is not UTF-8
     return make_tokenizer(files, file)
 
 
@@ -202,7 +231,7 @@ def make_tokenizer(files: dict[str, bytes], where: str | pathlib.Path) -> Tokeni
         raise UserError(f"{where} has no {missing}; use the tokenizer that belongs to the model")
     eos = ends[0]
     all_stops = tuple(dict.fromkeys([eos, *stops]))
-    return Tokenizer(files, vocabulary, (bos,) if adds_bos else (), eos, all_stops)
+    return Tokenizer(files, vocabulary, (bos,) if adds_bos else (), eos, all_stops, bos)
 
 
 def read_rules(beside: dict[str, dict], where: str | pathlib.Path) -> tuple[dict, list[int]]:

@@ -12,13 +12,14 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from text.instructions import Record, alpaca_prompt
+from text.instructions import Record, Turn
+from text.templates import alpaca_prompt
 
 
 class Question(NamedTuple):
-    """A prompt, the possible responses, and the index of the true one."""
+    """A question, the possible answers, and the index of the true one."""
 
-    prompt: str
+    asked: str
     choices: list[str]
     answer: int
 
@@ -29,7 +30,7 @@ class World(NamedTuple):
     documents: Callable[[random.Random], list[str]]
     train: list[Record]
     test: list[Record]
-    choices: list[Question]
+    choices: list[Question]  # asked in Alpaca's form
     heldout: list[str]
 
 
@@ -78,8 +79,8 @@ def make_world(
     """A world of invented people, each with one of `values` values for every attribute.
 
     documents(rng): texts that state all facts, one text a person; each random.Random words and
-    orders them differently. train, test: Records that ask, in Alpaca's template, about two thirds
-    of the people and about the others. choices: the test's questions as multiple choice, among all
+    orders them differently. train, test: Records that ask about two thirds of the people and about
+    the others. choices: the test's questions as multiple choice, among all
     values. heldout: documents in a wording of their own.
     """
     assert attributes <= len(ATTRIBUTES) and values <= 16, (attributes, values)
@@ -94,7 +95,7 @@ def make_world(
         documents=functools.partial(_documents, told),
         train=_records(train),
         test=_records(test),
-        choices=test,
+        choices=[q._replace(asked=alpaca_prompt(q.asked)) for q in test],
         heldout=_documents(told, random.Random(f"held out {seed}")),
     )
 
@@ -115,9 +116,9 @@ def _questions(names, facts, options):
     questions = []
     for name in names:
         for attribute, answer in enumerate(facts[name]):
-            question = ATTRIBUTES[attribute][0].format(name)
+            asked = ATTRIBUTES[attribute][0].format(name)
             choices = [f"{value}." for value in options[attribute]]
-            questions.append(Question(alpaca_prompt(question), choices, answer))
+            questions.append(Question(asked, choices, answer))
     return questions
 
 
@@ -126,7 +127,10 @@ def _chosen(options, indices):
 
 
 def _records(questions):
-    return [Record(q.prompt, q.choices[q.answer]) for q in questions]
+    records = []
+    for q in questions:
+        records.append((Turn("user", q.asked), Turn("assistant", q.choices[q.answer])))
+    return records
 
 
 def _documents(facts, rng):
