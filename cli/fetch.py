@@ -6,7 +6,6 @@ is used. The environment variable HF_HOME moves the cache.
 """
 
 import errno
-import glob
 import pathlib
 import re
 import shutil
@@ -114,8 +113,7 @@ def fetch(setting: str, name: str) -> tuple[pathlib.Path, list[str]]:
         check_room(name, sum(missing.values()))
     else:
         tell(f"{setting}: {name} is in {folder}")
-    if not all((folder / file).exists() for file in needed):
-        folder = download(setting, name, needed)
+    download(setting, name, needed, folder)
     return folder, needed
 
 
@@ -288,28 +286,24 @@ def look_up(setting: str, name: str):  # noqa: ANN201, huggingface_hub's ModelIn
         raise explained(e, setting, name) from e
 
 
-def download(setting: str, name: str, files: list[str]) -> pathlib.Path:
-    """Fetches some files of a repository into the cache; returns the folder that has them."""
-    from huggingface_hub import snapshot_download
+def download(setting: str, name: str, files: list[str], folder: pathlib.Path) -> None:
+    """Fetches the files of a repository that `folder`, its newest version in the cache, lacks."""
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
     if machine.RANK != 0:
         disable_progress_bars()
-    try:
-        # Of "main", not of the commit that was looked up: so the cache knows which version is the
-        # newest, for us and for others without a network
-        folder = snapshot_download(
-            name.partition(":")[0],
-            repo_type=KINDS[setting],
-            allow_patterns=[glob.escape(file) for file in files],
-        )
-    except Exception as e:  # those of its HTTP client and of hf_xet too
-        raise explained(e, setting, name, "download") from e
-    folder = pathlib.Path(folder)
-    lost = [file for file in files if not (folder / file).exists()]
-    if lost:  # it takes an unfinished folder for all there is if the network is lost at the start
-        raise explained(OSError(f"{lost[0]} is missing"), setting, name, "download")
-    return folder
+    repository = name.partition(":")[0]
+    for file in files:  # one after another: with several threads Ctrl-C would wait for all of them
+        if (folder / file).exists():
+            continue
+        try:
+            # Of "main" and not of a commit: so the cache knows the newest version when offline
+            hf_hub_download(repository, file, repo_type=KINDS[setting])
+        except Exception as e:  # those of its HTTP client and of hf_xet too
+            raise explained(e, setting, name, is_download=True) from e
+        if not (folder / file).exists():
+            raise UserError(f"{repository} has just changed; run the same command again")
 
 
 def announce(setting: str, name: str, missing: dict[str, int], count: int) -> None:

@@ -12,7 +12,7 @@ import time
 import urllib.parse
 from typing import NamedTuple
 
-API = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/(revision|tree)/\w+)?")
+API = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/(\w+)/(.+)")
 LARGE = (".safetensors", ".bin", ".gguf")  # kept by Git LFS, which names a file by its SHA-256
 
@@ -80,15 +80,6 @@ def entry(name, content, size):
     return found
 
 
-def in_tree(listed):
-    """The same file in a listing of /tree."""
-    found = {"type": "file", "path": listed["rfilename"], "size": listed["size"]}
-    found["oid"] = listed["blobId"]
-    if "lfs" in listed:
-        found["lfs"] = {"oid": listed["lfs"]["sha256"], "size": listed["size"], "pointerSize": 134}
-    return found
-
-
 class Answers(http.server.BaseHTTPRequestHandler):
     """Answers the requests of huggingface_hub. HTTP/1.0: a connection ends with its answer."""
 
@@ -108,7 +99,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         asked = Asked(self.command, path, self.headers.get("Range"))
         if match := API.fullmatch(path):
             self.hub.asked.append(asked)
-            self.describe(match[1], match[2], match[3] == "tree")
+            self.describe(match[1], match[2])
         elif match := FILE.fullmatch(path):
             self.hub.asked.append(asked)
             self.send_file("dataset" if match[1] else "model", match[2], match[4])
@@ -129,7 +120,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         files = self.hub.repositories.get((kind, name))
         return self.refuse(401, "RepoNotFound") if files is None else files
 
-    def describe(self, kind, name, is_tree):
+    def describe(self, kind, name):
         files = self.files_of(kind, name)
         if files is None:
             return
@@ -138,7 +129,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             listed.append(entry(file, content, self.hub.claimed.get(file, len(content))))
         answer = {"id": name, "sha": commit(files), "siblings": listed}
         answer |= {"private": False, "downloads": 0, "likes": 0, "tags": []}
-        body = json.dumps([in_tree(file) for file in listed] if is_tree else answer).encode()
+        body = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
