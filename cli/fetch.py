@@ -353,7 +353,7 @@ def explained(error: Exception, setting: str, name: str, is_download: bool = Fal
     why = f"{constants.ENDPOINT} cannot be reached ({reason})"
     if isinstance(error, errors.OfflineModeIsEnabled):
         why = "the environment variable HF_HUB_OFFLINE forbids the network"
-    elif not isinstance(error, OSError | errors.HTTPError):  # such as a hotel's page for guests
+    elif isinstance(error, ValueError | KeyError | TypeError):  # such as a hotel's page for guests
         why = f"{constants.ENDPOINT} does not answer as Hugging Face does ({reason})"
     return Unreachable(why, f"connect to fetch {name}, or {INSTEAD[setting]}")
 

@@ -34,6 +34,7 @@ class Hub:
     broken: {file: (bytes, times)}: sends so many bytes and hangs up, so many times
     claimed: {file: bytes}: its size as it is announced
     delay: seconds before a file is sent
+    newer: what replaces repositories once a file is asked for
     """
 
     def __init__(self, repositories):
@@ -41,6 +42,7 @@ class Hub:
         self.refused, self.gated, self.lost = {}, set(), set()
         self.broken, self.claimed = {}, {}
         self.delay = 0
+        self.newer = {}
         self.asked = []
 
     def sent(self):
@@ -137,6 +139,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def send_file(self, kind, name, file):
+        self.hub.repositories |= self.hub.newer
         files = self.files_of(kind, name)
         if files is None:
             return

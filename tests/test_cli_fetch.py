@@ -3,10 +3,13 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from helpers_docs import run_here
 from helpers_hub import Hub, serving
 from helpers_runs import ENVIRONMENT, RECORDS, command
 
@@ -106,7 +109,7 @@ def test_of_weights_in_parts_the_index_and_every_part_are_fetched(hub, fetch):
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     files = {"config.json": b"{}", "model.safetensors.index.json": index.encode()}
     files |= {"model-1.safetensors": b"1", "model-2.safetensors": b"22"}
-    hub.repositories["model", "org/tiny"] = {**files, "original/model-3.safetensors": b"?"}
+    hub.repositories["model", "org/tiny"] = {**files, "models/3.safetensors": b"?"}
     folder, text = fetch("org/tiny")
     assert contents(folder) == files
     assert "4 files" in text
@@ -228,12 +231,24 @@ def test_without_the_package_it_says_how_to_get_it(fetch):
     assert "pip install huggingface_hub" in message
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was(hub, fetch):
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub, start, fetch):
     hub.broken["model.safetensors"] = 20_000, 1
     before = "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 1000"
-    folder, _ = fetch("org/tiny", before=before)
+    start("org/tiny", before=before).communicate()  # goes on itself, from version 1.18 on
+    folder, _ = fetch("org/tiny")
     assert contents(folder) == WEIGHTS
     assert [a.range for a in hub.asked if a.range] == ["bytes=20000-"]
+
+
+def test_ctrl_c_stops_a_download_at_once_and_leaves_nothing_half_in_its_place(hub, start, tmp_path):
+    hub.delay = 60
+    process = start("org/tiny")
+    while not hub.sent():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=30)
+    assert process.returncode == 130 and text.endswith("stopped\n")
+    assert not list(tmp_path.glob("hub/*/snapshots/*/*"))
 
 
 def test_a_download_that_keeps_breaking_off_is_taken_up_by_the_next_call(hub, fetch):
@@ -284,6 +299,16 @@ def test_an_error_of_the_server_asks_to_try_later(hub, fetch):
     hub.refused["org/tiny"] = 503, ""
     _, message = fetch("org/tiny", status=2)
     assert f"{hub.url} answers with error 503" in message and "later, or put" in message
+    hub.refused.clear()
+    folder, _ = fetch("org/tiny")
+    hub.refused["org/tiny"] = 503, ""
+    assert fetch("org/tiny")[0] == folder
+
+
+def test_a_version_that_comes_in_the_middle_asks_to_start_again(hub, fetch):
+    hub.newer["model", "org/tiny"] = {**WEIGHTS, "config.json": b"{'new': 1}"}
+    assert "org/tiny has just changed" in fetch("org/tiny", status=2)[1]
+    assert contents(fetch("org/tiny")[0])["config.json"] == b"{'new': 1}"
 
 
 def test_a_file_that_is_not_listed_is_refused_with_those_that_are(hub, fetch):
@@ -387,7 +412,7 @@ FEW = ["--quantizer", "rtn", "--steps", "2", "--rank", "2", "--max-length", "96"
 FEW += ["--batch-size", "4", "--micro-batch-size", "2"]
 
 
-def test_a_run_from_nothing_fetches_trains_and_merges(hub, world, tmp_path):
+def test_a_run_from_nothing_fetches_trains_and_merges(hub, world, tmp_path, monkeypatch):
     files = {path.name: path.read_bytes() for path in (world / "weights").iterdir()}
     hub.repositories["model", "org/tiny"] = {**files, **OTHERS}
     place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
@@ -400,7 +425,7 @@ def test_a_run_from_nothing_fetches_trains_and_merges(hub, world, tmp_path):
     snapshots = tmp_path / "cache" / "hub" / "models--org--tiny" / "snapshots"
     assert pathlib.Path(kept["weights"]).parent == snapshots and (run / "adapter").exists()
     hub.asked.clear()
-    command("merge.py", run, "--out", tmp_path / "merged", environment=place)
+    run_here(["python", "merge.py", str(run), "--out", str(tmp_path / "merged")], monkeypatch)
     assert (tmp_path / "merged" / "config.json").exists()
     assert not hub.asked
 
