@@ -29,7 +29,7 @@ class Hub:
     """Repositories {("model", "org/name"): {file: bytes}}, faults, and what was asked.
 
     refused: {"org/name": (status, X-Error-Code)}, for every request about it
-    gated: {"org/name"}: its files are refused, though everybody may list them
+    withheld: the same, only for its files, which everybody may list
     lost: {file}: listed, but not there
     broken: {file: (bytes, times)}: sends so many bytes and hangs up, so many times
     claimed: {file: bytes}: its size as it is announced
@@ -39,7 +39,7 @@ class Hub:
 
     def __init__(self, repositories):
         self.repositories = repositories
-        self.refused, self.gated, self.lost = {}, set(), set()
+        self.refused, self.withheld, self.lost = {}, {}, set()
         self.broken, self.claimed = {}, {}
         self.delay = 0
         self.newer = {}
@@ -143,8 +143,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         files = self.files_of(kind, name)
         if files is None:
             return
-        if name in self.hub.gated:
-            return self.refuse(403, "GatedRepo")
+        if name in self.hub.withheld:
+            return self.refuse(*self.hub.withheld[name])
         if file not in files or file in self.hub.lost:
             return self.refuse(404, "EntryNotFound")
         content = files[file]

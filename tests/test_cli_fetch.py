@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ OTHERS = {
 }
 DATA = {"README.md": b"# data", "records.json": json.dumps(RECORDS).encode()}
 UNREACHABLE = "http://127.0.0.1:9"
+HASTE = "import time; time.sleep = lambda _: None"  # the client waits longer from try to try
 
 
 @pytest.fixture
@@ -109,7 +111,7 @@ def test_of_weights_in_parts_the_index_and_every_part_are_fetched(hub, fetch):
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     files = {"config.json": b"{}", "model.safetensors.index.json": index.encode()}
     files |= {"model-1.safetensors": b"1", "model-2.safetensors": b"22"}
-    hub.repositories["model", "org/tiny"] = {**files, "models/3.safetensors": b"?"}
+    hub.repositories["model", "org/tiny"] = {**files, **OTHERS, "models/3.safetensors": b"?"}
     folder, text = fetch("org/tiny")
     assert contents(folder) == files
     assert "4 files" in text
@@ -202,9 +204,14 @@ def test_two_at_once_both_find_whole_files(hub, start):
     assert hub.sent() == sorted(WEIGHTS), "one waits for the other"
 
 
-def test_processes_that_train_together_print_once(hub, start):
-    texts = [ending(start("org/tiny", RANK=str(rank)))[1] for rank in range(2)]
-    assert texts[0].startswith("weights: fetching org/tiny") and not texts[1]
+def test_of_processes_that_train_together_only_the_first_prints(start, tmp_path):
+    bars = {"TQDM_POSITION": "-1"}  # shows them though this is no terminal
+    second = start("org/tiny", RANK="1", **bars)
+    out, err = second.communicate()
+    assert out.startswith("found: ") and not err
+    shutil.rmtree(tmp_path / "hub")
+    out, err = start("org/tiny", RANK="0", **bars).communicate()
+    assert out.startswith("weights: fetching org/tiny") and "model.safetensors" in err
 
 
 # ---- what goes wrong
@@ -253,7 +260,7 @@ def test_ctrl_c_stops_a_download_at_once_and_leaves_nothing_half_in_its_place(hu
 
 def test_a_download_that_keeps_breaking_off_is_taken_up_by_the_next_call(hub, fetch):
     hub.broken["model.safetensors"] = 20_000, 10**6
-    _, message = fetch("org/tiny", before="import time; time.sleep = lambda _: None", status=2)
+    _, message = fetch("org/tiny", before=HASTE, status=2)
     assert "the download of org/tiny failed" in message and "run the same command again" in message
     hub.broken.clear()
     hub.asked.clear()
@@ -286,7 +293,7 @@ def test_what_is_gated_says_where_to_accept_the_licence(hub, fetch, status):
 
 
 def test_files_that_are_gated_though_they_may_be_listed_say_the_same(hub, fetch):
-    hub.gated.add("org/tiny")
+    hub.withheld["org/tiny"] = 403, "GatedRepo"
     assert "org/tiny is gated" in fetch("org/tiny", status=2)[1]
 
 
@@ -300,6 +307,10 @@ def test_an_error_of_the_server_asks_to_try_later(hub, fetch):
     _, message = fetch("org/tiny", status=2)
     assert f"{hub.url} answers with error 503" in message and "later, or put" in message
     hub.refused.clear()
+    hub.withheld["org/tiny"] = 500, ""
+    _, message = fetch("org/tiny", before=HASTE, status=2)
+    assert f"{hub.url} answers with error 500" in message
+    hub.withheld.clear()
     folder, _ = fetch("org/tiny")
     hub.refused["org/tiny"] = 503, ""
     assert fetch("org/tiny")[0] == folder
@@ -337,7 +348,7 @@ def test_too_little_room_is_found_before_anything_is_fetched(hub, fetch, tmp_pat
 
 def test_a_disk_that_is_full_in_the_middle_is_one_line(fetch):
     before = """def write(*_, **__):
-    raise OSError(28, "No space left on device")
+    raise OSError(122, "Disk quota exceeded")
 import huggingface_hub.file_download as client
 client.http_get = write"""
     _, message = fetch("org/tiny", before=before, status=2)

@@ -183,7 +183,7 @@ def test_an_option_for_another_method_is_found_before_the_weights_are_fetched(mo
 
 def test_a_run_of_weights_from_hugging_face_is_named_after_them():
     assert default_out({"weights": "org/Tiny-1.7B"}) == "runs/Tiny-1.7B"
-    assert default_out({"weights": "org/name:some/tiny.Q4_1.gguf"}) == "runs/tiny.Q4_1"
+    assert default_out({"weights": "org/name:tiny.Q4_1.gguf"}) == "runs/tiny.Q4_1"
     assert default_out({"weights": "org/name", "model": "7b"}) == "runs/7b"
 
 
