@@ -219,10 +219,8 @@ def missing_files(listed: list, needed: list[str], folder: pathlib.Path) -> dict
     missing = {}
     for file in listed:
         blob = file.lfs.sha256 if file.lfs else str(file.blob_id)
-        is_here = (folder / file.rfilename).exists() or (
-            folder.parents[1] / "blobs" / blob
-        ).exists()
-        if file.rfilename in needed and not is_here:
+        places = (folder / file.rfilename, folder.parents[1] / "blobs" / blob)
+        if file.rfilename in needed and not any(place.exists() for place in places):
             missing[file.rfilename] = file.size or 0
     return missing
 

@@ -182,6 +182,7 @@ def test_without_a_network_what_was_fetched_before_is_used(hub, fetch, offline):
     file, _ = fetch("org/data", "fetch_data")
     again, text = fetch("org/tiny", **offline)
     assert again == folder and f"org/tiny as fetched before is in {folder}" in text
+    assert "cannot be reached" in text or "forbids the network" in text
     assert fetch("org/data", "fetch_data", **offline)[0] == file
 
 
@@ -191,9 +192,10 @@ def test_without_a_network_half_of_the_weights_is_not_enough(hub, fetch):
     files |= {"model-1.safetensors": b"1", "model-2.safetensors": b"22"}
     hub.repositories["model", "org/tiny"] = files
     folder, _ = fetch("org/tiny")
-    (folder / "model-2.safetensors").unlink()
-    _, message = fetch("org/tiny", status=2, HF_ENDPOINT=UNREACHABLE)
-    assert "cannot be reached" in message
+    for name in ("model-2.safetensors", "config.json"):
+        (folder / name).unlink()
+        _, message = fetch("org/tiny", status=2, HF_ENDPOINT=UNREACHABLE)
+        assert "cannot be reached" in message
 
 
 def test_two_at_once_both_find_whole_files(hub, start):
