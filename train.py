@@ -1,6 +1,7 @@
 """QA-LoRA from end to end: quantize a LLaMA, train adapters beside it, fold them in, judge it.
 
     python train.py                                      a tiny LLaMA in a toy world, in minutes
+    python train.py --model 7b                           LLaMA-7B on Alpaca; fetches both
     python train.py --model 7b --weights DIR --data alpaca.json --out runs/7b
     python train.py --resume --out runs/7b               goes on after an interruption
     torchrun --nproc_per_node=2 train.py --model 7b ...  on several GPUs (or processes)

@@ -18,6 +18,14 @@ import torch
 import formats
 from cli import machine
 from cli.errors import Parser, UserError, positive, require_matplotlib
+from cli.fetch import (
+    ALPACA,
+    REPOSITORIES,
+    Unreachable,
+    fetch_data,
+    fetch_weights,
+    is_repository,
+)
 from cli.files import read_json, written_whole
 from cli.machine import check_device, default_device
 from llama import CONFIGS, LINEARS, LlamaConfig
@@ -89,10 +97,11 @@ SIZES = (
     "head_dim",
 )
 MISSING_WEIGHTS = """\
-Get LLaMA weights from Meta (llama.com) or, once you have accepted its licence, from
-huggingface.co/meta-llama; SmolLM2's are at huggingface.co/HuggingFaceTB, TinyLlama's at
-huggingface.co/TinyLlama. Put config.json, the tokenizer (tokenizer.model or tokenizer.json) and the
-.safetensors files (or Meta's own files) into one folder, then type:
+With a network, python train.py --model {model} fetches weights and data. Without one, get LLaMA
+weights from Meta (llama.com) or, once you have accepted its licence, huggingface.co/meta-llama;
+SmolLM2's are at huggingface.co/HuggingFaceTB, TinyLlama's at huggingface.co/TinyLlama. Put
+config.json, the tokenizer (tokenizer.model or tokenizer.json) and the .safetensors files (or Meta's
+own files) into one folder, such as weights/{model}, then type:
     python train.py --model {model} --weights FOLDER --data alpaca.json --out runs/{model}"""
 
 
@@ -103,9 +112,9 @@ def option_parser(description: str) -> Parser:
     size, number = positive(int), positive(float)
     names = " ".join(CONFIGS)
     add("--model", help=f"tiny (default without --weights), or the weights' size: {names}")
-    add("--weights", help="a LLaMA: a folder (Hugging Face, Meta, merged) or a Q4_1 .gguf file")
+    add("--weights", help="a LLaMA: a folder, a Q4_1 .gguf file, or ORG/NAME on Hugging Face")
     add("--tokenizer", help="its tokenizer.model or tokenizer.json, where the weights have none")
-    add("--data", help="instructions (JSON, JSONL; see text/instructions.py) or plain text")
+    add("--data", help="JSON, JSONL, CSV, text, or ORG/NAME[:FILE] on Hugging Face (Alpaca)")
     add("--template", help="alpaca, or a file in Jinja (the model's own chat template, if any)")
     add("--calibration", help="text or instructions for GPTQ (default: the training data)")
     add("--calibration-tokens", type=size, help="tokens of it at most (262144: 128 x 2048)")
@@ -137,7 +146,8 @@ def option_parser(description: str) -> Parser:
 def read_settings(description: str) -> Settings:
     """The settings of this start: the command line, else run.json (with --resume), else the recipe.
 
-    Raises UserError for anything wrong that can be seen before the first slow stage.
+    Fetches what is named in Hugging Face's way, once all that needs no weights is checked. Raises
+    UserError for anything wrong that can be seen before the first slow stage.
     """
     parser = option_parser(description)
     given = typed(parser.parse_args())
@@ -155,14 +165,9 @@ def read_settings(description: str) -> Settings:
         )
     if this_start["plot"]:
         require_matplotlib()
-    values = resumed(given, parser) if this_start["resume"] else {**recipe(given), **given}
+    values = resumed(given, parser) if this_start["resume"] else recipe(given)
     settings = Settings(**values, **this_start)
     check(settings)
-    for name in ("bits", "group_size", "quantizer"):
-        if name in given and settings.method != "qalora":
-            raise UserError(
-                f"{option(name)} has no effect with --method {settings.method}; leave it out"
-            )
     if settings.paged_optimizer and not settings.device.startswith("cuda"):
         where = f"on --device {settings.device} there is nothing to page"
         print(f"--paged-optimizer: {where}; plain AdamW is used")
@@ -181,7 +186,10 @@ def option(name: str) -> str:
 
 
 def recipe(given: dict) -> dict:
-    """All settings by default: for real weights the paper's, with its lower rate above 13b."""
+    """What was typed and, of the other settings, the defaults: for real weights the paper's.
+
+    Fetches the weights of a size and Alpaca from Hugging Face where neither is named or here.
+    """
     model = given.get("model") or (None if "weights" in given else "tiny")
     if model not in (None, *CONFIGS):
         raise UserError(f"unknown --model {model}; choose one of {', '.join(CONFIGS)}")
@@ -206,30 +214,61 @@ def recipe(given: dict) -> dict:
         seed=0,
         device=default_device(),
     )
-    if model == "tiny" and not values["weights"]:
-        return {**values, **TOY}
-    weights = values["weights"] = values["weights"] or f"weights/{model}"
-    if not pathlib.Path(weights).exists():
-        if weights.lower().endswith(formats.ENDINGS):
-            raise UserError(f"--weights {weights}: there is no such file")
-        print(MISSING_WEIGHTS.format(model=model or "7b"), file=sys.stderr)
-        raise UserError(
-            f"there are no weights in {weights}; see above where to get them and what to type"
-        )
+    if model == "tiny" and "weights" not in given:
+        values |= {**TOY, **given}
+        check_alone(values, given)
+        return {**values, **fetched(given)}
     values |= {**REAL, "checkpointing": 1}
+    check_alone({**values, **given}, given)
+    weights = weights_of(given, model)
     kept = formats.quantization_of(weights) or {}
     values |= {name: kept[name] for name in ("bits", "group_size") if name in kept}
     config = formats.read_config(weights)
     if config.hidden_size > CONFIGS["13b"].hidden_size:
         values["lr"] = 1e-5
     values["max_length"] = min(values["max_length"], config.max_position_embeddings)
-    return values
+    values |= {"data": ALPACA, **given, "weights": weights}
+    return {**values, **fetched({"data": values["data"]})}
+
+
+def weights_of(given: dict, model: str | None) -> str:
+    """Where the weights are: as typed, or in weights/MODEL, or in the cache, once fetched."""
+    weights = given.get("weights") or f"weights/{model}"
+    if pathlib.Path(weights).exists():
+        return weights
+    where_to_get_them = MISSING_WEIGHTS.format(model=model or "7b")
+    if "weights" not in given:
+        try:
+            return str(fetch_weights(REPOSITORIES[model]))
+        except Unreachable:
+            print(where_to_get_them, file=sys.stderr)
+            raise
+    if is_repository(weights):
+        return str(fetch_weights(weights))
+    if weights.lower().endswith(formats.ENDINGS):
+        raise UserError(f"--weights {weights}: there is no such file")
+    print(where_to_get_them, file=sys.stderr)
+    raise UserError(
+        f"there are no weights in {weights}; see above where to get them and what to type"
+    )
+
+
+def fetched(given: dict) -> dict:
+    """{setting: local path} of weights and data that are named as repositories, once fetched."""
+    paths = {}
+    for name, fetch in (("weights", fetch_weights), ("data", fetch_data)):
+        if is_repository(given.get(name) or ""):
+            paths[name] = str(fetch(given[name]))
+    return paths
 
 
 def default_out(given: dict) -> str:
     """The run's folder without --out: named after the size, or else after the weights."""
     if "weights" in given and "model" not in given:
-        weights = pathlib.Path(given["weights"]).resolve()
+        name = given["weights"]
+        if is_repository(name):
+            name = name.partition(":")[2] or name
+        weights = pathlib.Path(name).resolve()
         return f"runs/{weights.stem if weights.suffix in formats.ENDINGS else weights.name}"
     return f"runs/{given.get('model', 'tiny')}"
 
@@ -270,7 +309,9 @@ def resumed(given: dict, parser: Parser) -> dict:
                 f"{option(name)} {value} contradicts {path}, which says {values.get(name)}; leave "
                 f"it out, or remove {path.parent}/step-* and start without --resume"
             )
-    return {**values, **given, "out": str(path.parent)}
+    values |= {**given, "out": str(path.parent)}
+    check_alone(values, given)
+    return {**values, **fetched(given)}
 
 
 # ---- run.json
@@ -305,25 +346,36 @@ def check(settings: Settings) -> None:
         check_group_size(config, settings.group_size)
     if settings.weights:
         check_quantized_weights(settings)
-    check_targets(settings.targets.split(","))
-    if settings.weights and not settings.data:
-        raise UserError("--data FILE is missing: instructions to fine-tune on, such as alpaca.json")
-    for name in ("data", "calibration"):
-        file = getattr(settings, name)
-        if file and not pathlib.Path(file).is_file():
-            raise UserError(f"{option(name)} {file}: there is no such file")
-    if settings.template not in (None, "alpaca") and not pathlib.Path(settings.template).is_file():
-        raise UserError(f"--template {settings.template}: it is neither alpaca nor a file")
-    if not 0 <= settings.seed < 2**63:
-        raise UserError(f"--seed {settings.seed} is not between 0 and 2**63")
-    if settings.batch_size % machine.WORLD:
-        raise UserError(
-            f"--batch-size {settings.batch_size} cannot be shared by {machine.WORLD} processes; "
-            "use a multiple"
-        )
-    take_device(settings.device)
     check_tokenizer(settings, config)
     check_writable(pathlib.Path(settings.out))
+
+
+def check_alone(values: dict, given: dict) -> None:
+    """Raises UserError for what is wrong whatever the weights are; before anything is fetched."""
+    for name in ("bits", "group_size", "quantizer"):
+        if name in given and values["method"] != "qalora":
+            raise UserError(
+                f"{option(name)} has no effect with --method {values['method']}; leave it out"
+            )
+    check_targets(values["targets"].split(","))
+    if values["tokenizer"]:
+        formats.load_tokenizer(values["tokenizer"])
+    for name in ("data", "calibration"):
+        file = values[name]
+        can_be_fetched = name == "data" and is_repository(given.get(name, ""))
+        if file and not can_be_fetched and not pathlib.Path(file).is_file():
+            raise UserError(f"{option(name)} {file}: there is no such file")
+    template = values["template"]
+    if template not in (None, "alpaca") and not pathlib.Path(template).is_file():
+        raise UserError(f"--template {template}: it is neither alpaca nor a file")
+    if not 0 <= values["seed"] < 2**63:
+        raise UserError(f"--seed {values['seed']} is not between 0 and 2**63")
+    if values["batch_size"] % machine.WORLD:
+        raise UserError(
+            f"--batch-size {values['batch_size']} cannot be shared by {machine.WORLD} processes; "
+            "use a multiple"
+        )
+    take_device(values["device"])
 
 
 def check_size(settings: Settings, config: LlamaConfig) -> None:

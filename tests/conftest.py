@@ -3,6 +3,7 @@
 import os
 import pathlib
 import random
+import tempfile
 
 import hypothesis
 import pytest
@@ -19,6 +20,15 @@ GIVEN = dict(os.environ)
 if "QALORA_TESTS_ON_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported; any test may do that
+
+# No test reaches Hugging Face or sees what was fetched from it: nobody listens at this port, and
+# the cache is empty. huggingface_hub reads these when it is imported
+for name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
+    os.environ.pop(name, None)
+HF_HOME = tempfile.TemporaryDirectory(prefix="qalora-hf-home-")
+os.environ["HF_HOME"] = HF_HOME.name
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["NO_PROXY"] = "127.0.0.1"
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -113,11 +113,12 @@ def options(world, out, **changed):
     return given
 
 
-def command(script, *words, status=0, **more):
-    """Runs a script of this project as a user does; returns what it printed on (stdout, stderr)."""
+def command(script, *words, status=0, environment=None, **more):
+    """Runs a script of this project as a user does; returns what it printed on (stdout, stderr).
+    environment: variables to add."""
     done = subprocess.run(
         [sys.executable, ROOT / script, *map(str, words)],
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=300,

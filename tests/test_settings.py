@@ -12,7 +12,7 @@ from helpers_runs import CONFIG, ENVIRONMENT, adapter, command, options, refusal
 
 import llama
 import quant
-from cli.settings import read_settings
+from cli.settings import default_out, read_settings
 from formats.files import write_config
 from formats.quantized import save_quantized
 
@@ -150,7 +150,49 @@ def test_without_weights_it_is_said_where_they_are_to_be_had(tmp_path):
     _, message = command("train.py", "--model", "7b", status=2, cwd=tmp_path)
     assert "weights/7b" in message and "huggingface.co/meta-llama" in message
     assert "python train.py --model 7b --weights FOLDER" in message and 2 < message.count("\n") < 8
-    assert message.splitlines()[-1].startswith("error: ") and not list(tmp_path.iterdir())
+    last = message.splitlines()[-1]
+    assert (
+        last.startswith("error: ") and "cannot be reached" in last and "huggyllama/llama-7b" in last
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--targets", "w_proj"),
+        ("--seed", -1),
+        ("--device", "cuda:99"),
+        ("--data", "no.json"),
+        ("--calibration", "no.txt"),
+        ("--tokenizer", "no.model"),
+    ],
+)
+def test_a_wrong_option_is_found_before_the_weights_are_fetched(
+    tmp_path, monkeypatch, option, value
+):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(monkeypatch, "--model", "7b", option, value)
+    assert "cannot be reached" not in message and str(value) in message
+
+
+def test_an_option_for_another_method_is_found_before_the_weights_are_fetched(monkeypatch):
+    message = refusal(monkeypatch, "--model", "7b", "--method", "lora", "--bits", 2)
+    assert "--bits has no effect with --method lora" in message
+
+
+def test_a_run_of_weights_from_hugging_face_is_named_after_them():
+    assert default_out({"weights": "org/Tiny-1.7B"}) == "runs/Tiny-1.7B"
+    assert default_out({"weights": "org/name:tiny.Q4_1.gguf"}) == "runs/tiny.Q4_1"
+    assert default_out({"weights": "org/name", "model": "7b"}) == "runs/7b"
+
+
+@pytest.mark.parametrize("option", ["--weights", "--data"])
+def test_with_resume_only_what_is_typed_is_fetched(whole, tmp_path, monkeypatch, option):
+    out = shutil.copytree(whole, tmp_path / "run")
+    assert read(monkeypatch, "--resume", "--out", out)["out"] == str(out)
+    message = refusal(monkeypatch, "--resume", "--out", out, option, "org/name")
+    assert "connect to fetch org/name" in message
 
 
 def test_a_size_that_contradicts_the_files_shows_both(world, tmp_path, monkeypatch):
@@ -168,7 +210,9 @@ def test_a_size_that_contradicts_the_files_shows_both(world, tmp_path, monkeypat
         (dict(steps=0), "--steps"),
         (dict(seed=2**70), "--seed"),
         (dict(data="missing.json"), "missing.json: there is no such file"),
-        (dict(data=None), "--data FILE is missing"),
+        (dict(data=None), "connect to fetch yahma/alpaca-cleaned:alpaca_data_cleaned.json"),
+        (dict(data="org/data"), "connect to fetch org/data"),
+        (dict(weights="org/tiny"), "connect to fetch org/tiny"),
         (dict(device="cuda:99"), "--device cuda:99"),
         (dict(device="meta"), "--device meta"),
         (dict(max_length=257), "--max-length 257 is more than the model's context of 256 tokens"),
