@@ -3,7 +3,8 @@
 A fenced block that begins with ```sh is run line by line, except what .ci/run types itself. One
 marked `needs-weights` is run with small random weights in the place of a 7B's (see `small`); lines
 that start another program are not. One marked `needs-smollm2` is run by test_real_model.py, one
-marked `slow` only parsed. ```python blocks are run.
+marked `slow` or `needs-network` only parsed; test_cli_fetch.py runs the like of the latter.
+```python blocks are run.
 """
 
 import io
@@ -33,6 +34,7 @@ TYPED_BY_CI = (
     "python -m pytest",
     "python -m pytest tests/test_specification.py",
 )
+MARKS = ("needs-weights", "needs-smollm2", "needs-network", "slow")
 OTHER_PROGRAMS = ("llama-cli",)
 LITTLE = ["--steps", "2", "--rank", "2", "--max-length", "96", "--quantizer", "rtn"]
 LITTLE += ["--batch-size", "4", "--micro-batch-size", "2", "--device", "cpu"]
@@ -103,7 +105,7 @@ def test_every_shell_block_is_run_or_marked_and_what_ci_types_is_in_the_readme()
         for language, mark, _ in found:
             assert language in ("sh", "python", "text", "json"), (page, language)
             shown = language in ("text", "json")  # test_real_model.py looks at data.md's
-            assert shown or mark in ("", "needs-weights", "needs-smollm2", "slow"), (page, mark)
+            assert shown or mark in ("", *MARKS), (page, mark)
     typed = (ROOT / ".ci" / "run").read_text()
     for line in blocks(PAGES[0], "sh", "")[0].splitlines():
         assert line.partition("#")[0].strip() in typed, line
@@ -133,6 +135,9 @@ def test_slow_commands_have_options_that_exist(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_train_py_has_the_options_that_the_text_names(page):
     """Commands inside sentences are not run; only their options are parsed."""
+    for _, script, *words in commands(page, "needs-network"):
+        assert script == "train.py"
+        option_parser("").parse_args(words)
     for code in re.findall(r"`([^`\n]+)`", page.read_text()):
         if "train.py " in code and "--help" not in code:
             options = code.partition("train.py ")[2].removesuffix("...")
