@@ -1,8 +1,12 @@
-"""What tests of questions share."""
+"""What tests of questions and of conversations share."""
 
 import csv
 import json
 
+from hypothesis import strategies as st
+
+from text.instructions import Turn
+from text.templates import MARK
 from text.tokenizer import JSON, MODEL, make_tokenizer
 
 
@@ -31,3 +35,19 @@ def harness_pair(encode, context, continuation):
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     before = encode(context)
     return before, encode(context + continuation)[len(before) :]
+
+
+# Words that mean something to one of the formats or tokenizers, among others
+WORDS = ["<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "[/INST]", "<|eot_id|>", "{{ x }}"]
+WORDS += ["<|end|>", "### Response:", "Oslo", "é漢", " ", "\n", "  x", MARK, MARK * 2, "{% for %}"]
+TEXTS = st.lists(st.sampled_from(WORDS) | st.text("ab \n<|>", max_size=4), max_size=6).map("".join)
+SOMETHING = TEXTS.filter(str.strip)
+
+
+@st.composite
+def conversations(draw, system=True):
+    """A question and its answer, several times over, perhaps after a system message."""
+    record = [Turn("system", draw(SOMETHING))] if system and draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        record += [Turn("user", draw(SOMETHING)), Turn("assistant", draw(SOMETHING))]
+    return tuple(record)

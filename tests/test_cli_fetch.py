@@ -56,6 +56,10 @@ def hub():
         yield hub
 
 
+# A shell's background job inherits that SIGINT is ignored
+HEARS_CTRL_C = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 @pytest.fixture
 def start(hub, tmp_path):
     """A function that starts the driver with a cache of its own."""
@@ -249,12 +253,12 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(hub, start, fetch):
 
 
 def test_ctrl_c_stops_a_download_at_once_and_leaves_nothing_half_in_its_place(hub, start, tmp_path):
-    hub.delay = 60
-    process = start("org/tiny")
+    hub.delay = 200
+    process = start("org/tiny", before=HEARS_CTRL_C)
     while not hub.sent():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=30)
+    _, text = process.communicate(timeout=100)
     assert process.returncode == 130 and text.endswith("stopped\n")
     assert not list(tmp_path.glob("hub/*/snapshots/*/*"))
 

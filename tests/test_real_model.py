@@ -9,16 +9,19 @@ import importlib.util
 import io
 import json
 import pathlib
+import sys
 
 import pytest
 import torch
 from helpers_docs import BLOCK, blocks, commands, run_here
 from helpers_gguf import FromFile, assert_only_offsets_differ
 from helpers_runs import ROOT
+from helpers_text import conversations
+from hypothesis import given
 
 import evals
 import formats
-from text.batches import encode, parts_of
+from text.batches import encode, encode_asking, parts_of
 from text.instructions import Turn, read_records
 
 RECORDS = [
@@ -53,6 +56,11 @@ def test_its_tokens_are_llama_cpps(smollm2):
         assert tokenizer.encode_prompt(text) == tokens  # it has no BOS
         assert tokenizer.decode(tokens) == text
     assert (tokenizer.bos, tokenizer.eos, set(tokenizer.stops)) == ((), 2, {0, 2})
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer(smollm2):
+    return formats.load_tokenizer(smollm2)
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +146,20 @@ def test_the_page_shows_what_is_read_and_what_is_learned(smollm2, toy_tokenizer,
         (tmp_path / name).write_text(content)
         ((record,), *_) = read_records(tmp_path / name)
         assert shown(record, tokenizers[format_]) == expected, note
+
+
+@given(record=conversations())
+def test_its_own_template_learns_all_answers_each_after_what_asks_for_it(real_tokenizer, record):
+    (example,), _ = encode([record], real_tokenizer, sys.maxsize)
+    tokens, learned, spans = example.tokens.tolist(), example.learned.tolist(), []
+    for i, is_learned in enumerate(learned):
+        spans += [(i, [])] * (is_learned and not learned[i - 1])
+        if is_learned:
+            spans[-1][1].append(tokens[i])
+    answers = [k for k, turn in enumerate(record) if turn.role == "assistant"]
+    for k, (begin, said) in zip(answers, spans, strict=True):
+        assert said == [*real_tokenizer.encode(record[k].text), real_tokenizer.eos]
+        assert encode_asking(record[:k], real_tokenizer) == tokens[:begin]
+    controls = [i for i in tokens if i in real_tokenizer.controls]
+    system = record[0].role == "system"
+    assert controls == [1, 2] * (len(record) + (not system))  # <|im_start|>, <|im_end|>

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 from helpers import exchange
+from helpers_text import TEXTS, conversations
 from hypothesis import example, given
-from hypothesis import strategies as st
 
 from cli.errors import UserError
 from text import byte_level, templates
@@ -53,20 +53,6 @@ LLAMA3 = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
-# Words that mean something to one of the formats or tokenizers, among others
-WORDS = ["<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "[/INST]", "<|eot_id|>", "{{ x }}"]
-WORDS += ["<|end|>", "### Response:", "Oslo", "é漢", " ", "\n", "  x", MARK, MARK * 2, "{% for %}"]
-TEXTS = st.lists(st.sampled_from(WORDS) | st.text("ab \n<|>", max_size=4), max_size=6).map("".join)
-SOMETHING = TEXTS.filter(str.strip)
-
-
-@st.composite
-def conversations(draw, system=True):
-    """A question and its answer, several times over, perhaps after a system message."""
-    record = [Turn("system", draw(SOMETHING))] if system and draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 3))):
-        record += [Turn("user", draw(SOMETHING)), Turn("assistant", draw(SOMETHING))]
-    return tuple(record)
 
 
 @pytest.fixture(scope="session")

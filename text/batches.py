@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import machine
 from text.instructions import Record, Turn
 from text.templates import Part
 from text.tokenizer import Tokenizer
@@ -37,7 +38,8 @@ def encode(
     A longer record loses its end. It is dropped if nothing that is learned is left.
     """
     examples, truncated = [], 0
-    with tqdm(total=len(records), desc="tokenizing", unit=" records", delay=2) as bar:
+    hidden = machine.RANK > 0
+    with tqdm(total=len(records), desc="tokenizing", delay=2, disable=hidden) as bar:
         for start in range(0, len(records), 4096):  # lists of integers take ten times the room
             chunk = [parts_of(r, tokenizer) for r in records[start : start + 4096]]
             for parts, encoded in zip(chunk, encode_parts(chunk, tokenizer), strict=True):
