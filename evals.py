@@ -20,8 +20,9 @@ is judged:
   so the files need none; the choice's tokens are those after the question's, as in the harness.
 * MMLU: the official prompt; the answer is the letter that is likeliest after "Answer:". Every
   question counts once in its category and in the average, as in the official script.
-* Instructions: the mean negative log-likelihood of the responses, EOS included, in nats a token;
-  and how often the greedy answer is the response, but for spaces at both ends.
+* Instructions: written in the model's chat format, as for sample.py. The mean negative
+  log-likelihood of all answers, with the token that ends each, in nats a token; and how often the
+  greedy answer to a conversation's last question is the last answer, but for spaces at both ends.
 * Of equal scores the first wins. Beside an accuracy p of n questions stands its standard error,
   sqrt(p (1 - p) / n).
 * A question that does not fit the model's context loses its beginning (BOS stays), a response its

@@ -56,13 +56,14 @@ def check_tokens(name, tokenizer, out):
     out.mkdir()
     tokenizer.save(out)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
+    asking = {"add_generation_prompt": True, "return_dict": False}
     records, asked, whole = conversations(), 0, 0
     for record in records:
         messages = [{"role": turn.role, "content": turn.text} for turn in record]
         (example,), _ = encode([record], tokenizer, 10**6)
         found = theirs.apply_chat_template(messages, return_dict=False)
         whole += found[: len(example.tokens)] == example.tokens.tolist()
-        found = theirs.apply_chat_template(messages[:-1], True, return_dict=False)
+        found = theirs.apply_chat_template(messages[:-1], **asking)
         asked += found == encode_asking(record[:-1], tokenizer)
     report("transformers: equal whole conversations", f"{whole} of {len(records)}", True)
     report("transformers: equal questions", f"{asked} of {len(records)}", asked == len(records))
