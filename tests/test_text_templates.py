@@ -16,7 +16,7 @@ from cli.errors import UserError
 from text import byte_level, templates
 from text.batches import encode, encode_asking
 from text.instructions import Turn
-from text.templates import ALPACA, MARK, Template, alpaca_prompt, alpaca_template
+from text.templates import MARK, Template, alpaca_prompt
 from text.tokenizer import CHAT_TEMPLATE, JSON, load_tokenizer, make_tokenizer
 from text.vocabulary import CONTROL
 
@@ -120,7 +120,7 @@ def test_llama_3_learns_the_answer_and_the_end_of_its_turn(byte_tokenizer, recor
 def test_llama_2_learns_the_answer_and_eos(toy_tokenizer, record):
     parts, system = [], ""
     if record[0].role == "system":
-        system, record = f"<<SYS>>\n{record[0].text}\n<</SYS>>\n\n", record
+        system = f"<<SYS>>\n{record[0].text}\n<</SYS>>\n\n"
     for role, text, _ in record:
         if role == "user":
             parts += [(["<s>"], False), (f"[INST] {(system + text).strip()} [/INST]", False)]
@@ -265,30 +265,39 @@ def test_a_template_of_its_own_file_comes_before_that_of_the_config(toy_tokenize
 def test_another_template_is_saved_with_the_tokenizer_and_changes_no_digest(
     toy_tokenizer, tmp_path
 ):
-    changed = toy_tokenizer.with_template("é\n{{ messages }}")
+    changed = toy_tokenizer.with_template(f"é\n{LLAMA2}")
     changed.save(tmp_path)
-    assert load_tokenizer(tmp_path).chat_template == "é\n{{ messages }}"
+    assert load_tokenizer(tmp_path).chat_template == f"é\n{LLAMA2}"
     assert load_tokenizer(tmp_path).digest() == toy_tokenizer.digest()
     assert toy_tokenizer.chat_template is None
 
 
-def test_the_end_of_a_turn_ends_an_answer_even_where_the_files_name_it_nowhere(byte_tokenizer):
+def test_the_end_of_a_turn_ends_an_answer_even_where_the_files_name_it_nowhere(
+    byte_tokenizer, tmp_path
+):
     end = byte_tokenizer.vocabulary.pieces.index("<|eot_id|>")
-    assert byte_tokenizer.with_template(LLAMA3).answer_ends == (byte_tokenizer.eos, end)
-    assert byte_tokenizer.with_template(CHATML).answer_ends == (byte_tokenizer.eos,)
+    assert byte_tokenizer.with_template(CHATML).stops == (byte_tokenizer.eos,)
+    changed = byte_tokenizer.with_template(LLAMA3)
+    assert changed.answer_ends == changed.stops == (byte_tokenizer.eos, end)
+    changed.save(tmp_path)  # for other programs too
+    assert load_tokenizer(tmp_path).stops == (byte_tokenizer.eos, end)
+    byte_tokenizer.save(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / CHAT_TEMPLATE).write_text(LLAMA3)  # a folder of somebody else's
+    found = load_tokenizer(tmp_path)
+    assert found.stops == (byte_tokenizer.eos,) and found.answer_ends == changed.stops
 
 
 def test_a_template_may_use_what_hugging_faces_do(byte_tokenizer):
     source = (
         "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}"
         "{% generation %}{{ {'é': m.content} | tojson }}{% endgeneration %}{% break %}{% endfor %}"
-        "{{ '%s' % (strftime_now is defined) }}{{ 2 * 3 }}{{ 2 ** 3 }}"
+        "{{ strftime_now('%d %b %Y') }}{{ 2 * 3 }}{{ 2 ** 3 }}{{ tools is none }}"
+        "{{ documents is none }}{{ '%s' % 1 }}{{ {'b': 1, 'a': [2]} | tojson(indent=None) }}"
     )
-    template = byte_tokenizer.with_template(source).template
-    assert template.render(exchange("a", "<b>"), MARK) == '{"é": "<b>"}False68'
-    assert template.render(exchange("a", "<b>"), MARK) == template.render(
-        exchange("z", "<b>"), MARK
-    )
+    template = Template(source, {}, "", "")
+    expected = '{"é": "<b>"}26 Jul 202468TrueTrue1{"b": 1, "a": [2]}'
+    assert template.render(exchange("a", "<b>"), MARK) == expected
 
 
 # ---- strangers' code
@@ -311,15 +320,23 @@ BAD = {
     "{{ raise_exception('System role not supported') }}": "System role not supported",
     "{% include 'other' %}": "no loader|TypeError",
     "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}": "otherwise once",
+    "{# nothing #}": "leaves out the answer 'you'|leaves out the answer 'b'",
+    "{{ messages[0].content }}": "leaves out the answer",
 }
 
 
 @pytest.mark.parametrize("source", BAD)
-def test_a_template_that_does_not_work_is_named_in_one_line(toy_tokenizer, source):
-    tokenizer = toy_tokenizer.with_template(source)
-    before = sys.gettrace()
-    with pytest.raises(UserError, match=BAD[source]) as caught:
-        encode([exchange("Hello", "you"), exchange("a", "b")], tokenizer, 100)
+def test_a_template_that_does_not_work_is_named_in_one_line(toy_tokenizer, source, tmp_path):
+    toy_tokenizer.save(tmp_path)
+    (tmp_path / CHAT_TEMPLATE).write_text(source)
+    tokenizer, before = load_tokenizer(tmp_path), sys.gettrace()
+    for use in (
+        lambda: encode([exchange("Hello", "you"), exchange("a", "b")], tokenizer, 100),
+        lambda: tokenizer.answer_ends,
+        lambda: toy_tokenizer.with_template(source),
+    ):
+        with pytest.raises(UserError, match=BAD[source]) as caught:
+            use()
     assert sys.gettrace() is before
     assert "\n" not in str(caught.value) and "--template" in str(caught.value)
     assert source[:10] in str(caught.value)
@@ -340,7 +357,44 @@ def test_a_long_conversation_has_steps_enough(byte_tokenizer):
     assert template.render(record, MARK).count("<|eot_id|>") == 800
 
 
-def test_the_templates_constants_are_one(toy_tokenizer):
-    assert alpaca_template(False) == ALPACA and alpaca_template(True).endswith(ALPACA)
-    assert toy_tokenizer.template.source == alpaca_template(True)
+def test_a_mark_is_in_none_of_the_texts():
     assert templates.mark_beside([Turn("user", f"a{MARK * 3}", MARK)]) == MARK * 4
+
+
+def test_a_control_token_inside_anothers_name_stays_text_too():
+    controls = {"<|a|>": 1, "|a|>": 2, ">b": 3, "<s>": 4}
+    template = Template(
+        "{% for m in messages %}{{ m.content + '<s>' }}{% endfor %}", controls, "", "<s>"
+    )
+    parts = template.parts(exchange("<|a|>b|a|>", "<|a|><|a|>b"))
+    assert [(p.text, p.control) for p in parts if p.control] == [("<s>", 4)] * 2
+    assert "".join(part.text for part in parts) == "<|a|>b|a|><s><|a|><|a|>b<s>"
+
+
+def test_the_longest_control_token_is_found():
+    template = Template("<s>{{ messages[-1].content }}<s>>", {"<s>": 1, "<s>>": 2}, "", "<s>")
+    assert [part.control for part in template.asking([Turn("user", "a")])] == [1, None, 2]
+
+
+def test_an_answer_without_a_control_token_at_its_end_ends_with_eos_each_time(toy_tokenizer):
+    source = "{% for m in messages %}{{ '\n' + m.role + ': ' + m.content }}{% endfor %}"
+    source += "{% if add_generation_prompt %}{{ '\nassistant:' }}{% endif %}"
+    tokenizer = toy_tokenizer.with_template(source)
+    record = (*exchange("a", "b"), *exchange("c", "d"))
+    tokens, learned = learned_by(tokenizer, record)
+    parts = [("\nuser: a\nassistant:", False), ("b", True), (["</s>"], True)]
+    parts += [("\nuser: c\nassistant:", False), ("d", True), (["</s>"], True)]
+    assert (tokens, learned) == by_hand(tokenizer, parts)
+    assert encode_asking(record[:3], tokenizer) == tokens[: len(tokens) - 2]
+
+
+def test_a_control_token_before_the_words_does_not_end_an_answer(byte_tokenizer):
+    source = CHATML.replace("'\n' + message['content']", "'\n<|end|>' + message['content']")
+    tokens, learned = learned_by(byte_tokenizer.with_template(source), exchange("a", "b"))
+    said = [tokens[i] for i in range(len(tokens)) if learned[i]]
+    ids = [byte_tokenizer.vocabulary.pieces.index(name) for name in ("<|end|>", "<|im_end|>")]
+    assert said == [ids[0], *byte_tokenizer.encode("b"), ids[1]]
+    source = source.replace(" + '<|im_end|>' + '\n' }}", " }}")  # and none behind them
+    tokens, learned = learned_by(byte_tokenizer.with_template(source), exchange("a", "b"))
+    said = [tokens[i] for i in range(len(tokens)) if learned[i]]
+    assert said == [ids[0], *byte_tokenizer.encode("b"), byte_tokenizer.eos]

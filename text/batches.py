@@ -35,7 +35,8 @@ def encode(
 ) -> tuple[list[Example], int]:
     """Tokenizes records; returns the examples, and how many records exceed `max_length` tokens.
 
-    A longer record loses its end. It is dropped if nothing that is learned is left.
+    A longer record loses its end. It is dropped if nothing that is learned is left. Raises
+    UserError as `Template.parts` does.
     """
     examples, truncated = [], 0
     hidden = machine.RANK > 0
@@ -43,7 +44,7 @@ def encode(
         for start in range(0, len(records), 4096):  # lists of integers take ten times the room
             chunk = [parts_of(r, tokenizer) for r in records[start : start + 4096]]
             for parts, encoded in zip(chunk, encode_parts(chunk, tokenizer), strict=True):
-                example = join(parts, encoded)
+                example = example_of(parts, encoded)
                 truncated += len(example.tokens) > max_length
                 if example.learned[:max_length].any():
                     tokens, learned = example
@@ -53,24 +54,20 @@ def encode(
 
 
 def parts_of(record: Record, tokenizer: Tokenizer) -> list[Part]:
-    """A record's parts. A plain text stands between BOS and EOS; an answer ends with a control
-    token, which is EOS where the template has none."""
-    if record[0].role == "text":
-        begin = [control(i, tokenizer, False) for i in tokenizer.framed([])]
-        return [*begin, Part(record[0].text, None, False, True), control(tokenizer.eos, tokenizer)]
-    parts = tokenizer.template.parts(record)
-    if parts and parts[-1].control is None:
-        parts.append(control(tokenizer.eos, tokenizer))
-    return parts
+    """A conversation's parts as its template has them; a plain text stands between BOS and EOS.
+
+    Raises UserError as `Template.parts` does.
+    """
+    if record[0].role != "text":
+        return tokenizer.template.parts(record)
+    pieces = tokenizer.vocabulary.pieces
+    begin = [Part(pieces[i], i, False, False) for i in tokenizer.framed([])]
+    end = Part(pieces[tokenizer.eos], tokenizer.eos, False, True)
+    return [*begin, Part(record[0].text, None, False, True), end]
 
 
-def control(i: int, tokenizer: Tokenizer, learned: bool = True) -> Part:
-    """A control token as a part."""
-    return Part(tokenizer.vocabulary.pieces[i], i, False, learned)
-
-
-def join(parts: Sequence[Part], encoded: Sequence[list[int]]) -> Example:
-    """An example of its parts and their tokens."""
+def example_of(parts: Sequence[Part], encoded: Sequence[list[int]]) -> Example:
+    """The example that some parts with their tokens make."""
     tokens, learned = [], []
     for part, its_tokens in zip(parts, encoded, strict=True):
         tokens += its_tokens
@@ -94,31 +91,38 @@ def encode_parts(
     conversations: Sequence[Sequence[Part]], tokenizer: Tokenizer
 ) -> Iterator[list[list[int]]]:
     """Yields the tokens of each part, for every conversation."""
-    adds_space = tokenizer.vocabulary.adds_space
     texts = []
     for part in itertools.chain.from_iterable(conversations):
         if part.control is None:
-            texts.append(rest(part.text) if part.goes_on and adds_space else part.text)
+            texts.append(text_to_encode(part, tokenizer))
     encoded = iter(tokenizer.encode_all(texts))
-    line_break = tokenizer.encode("\n")
     for parts in conversations:
         found = []
         for part in parts:
-            tokens = [part.control] if part.control is not None else next(encoded)
-            if part.goes_on and adds_space and rest(part.text).startswith("\n"):
-                merged = tokens[: len(line_break)] != line_break  # not in LLaMA's vocabulary
-                tokens = tokenizer.encode(part.text) if merged else tokens[len(line_break) :]
-            found.append(tokens)
+            is_text = part.control is None
+            found.append(own_tokens(part, next(encoded), tokenizer) if is_text else [part.control])
         yield found
 
 
-def rest(text: str) -> str:
-    """What to encode for a text that goes on from another, where a space is put before every text.
+def text_to_encode(part: Part, tokenizer: Tokenizer) -> str:
+    """A part's text, or what has its tokens where the tokenizer puts a space before every text.
 
-    Without its own first space it is the same. Another is encoded after a line break, which is a
-    byte of its own and merges with nothing.
+    There a text that follows another one loses its own first space, or is encoded after a line
+    break.
     """
-    return text[1:] if re.match(r" [^\n]", text) else f"\n{text}"
+    if not (part.follows_text and tokenizer.vocabulary.adds_space):
+        return part.text
+    return part.text[1:] if re.match(r" [^\n]", part.text) else f"\n{part.text}"
+
+
+def own_tokens(part: Part, tokens: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Of the tokens of `text_to_encode` the part's own, without those of a line break before it."""
+    if len(text_to_encode(part, tokenizer)) <= len(part.text):
+        return tokens
+    line_break = tokenizer.encode("\n")
+    if tokens[: len(line_break)] == line_break:
+        return tokens[len(line_break) :]
+    return tokenizer.encode(part.text)  # some vocabularies have pieces that begin with a line break
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, step: int, seed: int) -> list[int]:
@@ -190,10 +194,11 @@ def calibration_windows(
     """
     stream, found = [], 0
     for start in range(0, len(records), 256):
-        if found < count:
-            examples, _ = encode(records[start : start + 256], tokenizer, sys.maxsize)
-            stream += [torch.from_numpy(example.tokens) for example in examples]
-            found += sum(len(example.tokens) for example in examples)
+        if found >= count:
+            break
+        examples, _ = encode(records[start : start + 256], tokenizer, sys.maxsize)
+        stream += [torch.from_numpy(example.tokens) for example in examples]
+        found += sum(len(example.tokens) for example in examples)
     tokens_N = torch.cat(stream).long()[:count]
     length = min(len(tokens_N), 2048, context)
     whole = len(tokens_N) // length * length

@@ -5,11 +5,12 @@ stranger's code, so it runs in Jinja's immutable sandbox and for a limited numbe
 without a template has Alpaca's, which is one as well.
 
 What a template writes itself may be control tokens, such as `<|im_end|>`. What the data say never
-is: a control token's name in them is broken up by a mark while the template works, and the mark is
-taken out afterwards.
+is: while the template works, a control token's name in them is broken up by marks, which are taken
+out afterwards.
 """
 
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -51,8 +52,9 @@ ALPACA = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '\\n\\n### Response:' -}}{%- endif -%}"
 )
-MARK = "\ufdd0"  # no character, and never will be one
-STEPS = 10_000, 1_000  # lines of a template that may run: in all, and more for each turn
+MARK = "\ufdd0"  # a code point that Unicode will never assign
+STEPS, STEPS_A_TURN = 10_000, 1_000  # how many lines of a template may run for a conversation
+TODAY = datetime.date(2024, 7, 26)  # for every template: a real date would change the examples
 
 
 class Part(NamedTuple):
@@ -60,7 +62,7 @@ class Part(NamedTuple):
 
     text: str
     control: int | None  # the token's id
-    goes_on: bool  # whether the part before it is a text too, which this one goes on from
+    follows_text: bool  # whether the part before it is a text too
     learned: bool  # whether the model learns to say it
 
 
@@ -69,8 +71,8 @@ class Template:
     """A template, with what it may write of a vocabulary."""
 
     source: str  # in Jinja
-    controls: Mapping[str, int]  # the ids of the control tokens that it can write, by their text
-    bos: str  # the texts of these tokens, for `bos_token` and `eos_token` in the template
+    controls: Mapping[str, int]  # {text: id} of the control tokens that it can write
+    bos: str  # the texts of BOS and EOS, which are `bos_token` and `eos_token` in the template
     eos: str
 
     @functools.cached_property
@@ -79,25 +81,28 @@ class Template:
         try:
             return environment().from_string(self.source)
         except Exception as e:
-            raise self.failed(e, "is not valid") from None
+            raise self.error(f"is not valid ({self.reason(e)})") from None
 
     @functools.cached_property
     def pattern(self) -> re.Pattern:
-        """Finds control tokens; the longest first, as one may begin with another."""
-        names = sorted(filter(None, self.controls), key=len, reverse=True)
+        """Finds control tokens; the longest first, as one may begin with another.
+
+        One of a single character is left out: it could not be broken up in the data.
+        """
+        names = [name for name in self.controls if len(name) > 1]
+        names = sorted(names, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or "(?!)")  # (?!) matches nothing
 
     @functools.cached_property
-    def end_of_turn(self) -> int | None:
-        """The control token that ends an answer; None where the template writes none."""
-        probe = (Turn("user", "a"), Turn("assistant", "b"))
-        learned = [part for part in self.parts(probe) if part.learned]
-        return learned[-1].control
+    def end_of_turn(self) -> int:
+        """The control token that ends an answer. Raises UserError as `parts` does."""
+        return self.parts((Turn("user", "a"), Turn("assistant", "b")))[-1].control
 
     def parts(self, record: Record) -> list[Part]:
         """A whole conversation; of it the assistant's words are learned, and what ends its turn.
 
-        What follows the last answer is left out. Raises UserError as `cuts` does.
+        That is the template's control token, or else EOS. What follows the last answer is left out.
+        Raises UserError as `cuts` does.
         """
         mark = mark_beside(record)
         whole = self.render(record, mark)
@@ -105,7 +110,10 @@ class Template:
         return self.divided(whole[: cuts[-1]] if cuts else whole, cuts, mark)
 
     def asking(self, turns: Sequence[Turn]) -> list[Part]:
-        """The text that asks for an answer to the conversation so far, in the same parts."""
+        """What asks for an answer to the conversation so far, in the same parts.
+
+        Raises UserError as `cuts` does.
+        """
         mark = mark_beside(turns)
         whole = self.render(turns, mark, asks=True)
         return self.divided(whole, self.cuts(turns, whole, mark), mark)
@@ -113,9 +121,9 @@ class Template:
     def cuts(self, turns: Sequence[Turn], whole: str, mark: str) -> list[int]:
         """Where in the rendered text `whole` each answer begins and ends.
 
-        An answer is what the template adds to the text that asks for it, up to the last control
-        token. Raises UserError as `render` does, and for a template that writes a conversation so
-        far otherwise once it has gone on.
+        An answer is what the template adds to the text that asks for it, without line breaks after
+        a control token at its end. Raises UserError as `render` does, and for a template that
+        writes no answer, or a conversation so far otherwise once it has gone on.
         """
         cuts = []
         for k, turn in enumerate(turns):
@@ -123,24 +131,29 @@ class Template:
                 asked = self.render(turns[:k], mark, asks=True)
                 said = self.render(turns[: k + 1], mark)
                 if not (said.startswith(asked) and whole.startswith(said)):
-                    raise UserError(
-                        f"the chat template ({self.source[:40]!r} ...) writes the beginning of a "
-                        "conversation otherwise once it has gone on, so what is learned of it is "
-                        "not clear; choose another with --template, such as alpaca"
+                    raise self.error(
+                        "writes the beginning of a conversation otherwise once it has gone on, so "
+                        "what is to be learned is not clear"
                     )
-                names = list(self.pattern.finditer(said, len(asked)))
-                cuts += [len(asked), names[-1].end() if names else len(said)]
+                if said == asked:
+                    raise self.error(f"leaves out the answer {turn.text[:40]!r}")
+                names = [name.end() for name in self.pattern.finditer(said, len(asked))]
+                ends_with_control = names and not said[names[-1] :].strip()
+                cuts += [len(asked), names[-1] if ends_with_control else len(said)]
         return cuts
 
     def divided(self, text: str, cuts: list[int], mark: str) -> list[Part]:
-        """The parts of a rendered text; it is learned between every other pair of cuts."""
+        """The parts of a rendered text: what is read and what is learned, in turn."""
         parts = []
         edges = [0, *cuts, len(text)]
         for i, (start, end) in enumerate(itertools.pairwise(edges)):
+            learned = i % 2 == 1
             for piece in self.split_at_controls(text[start:end]):
                 control = self.controls.get(piece)
-                goes_on = bool(parts) and parts[-1].control is None and control is None
-                parts.append(Part(piece.replace(mark, ""), control, goes_on, i % 2 == 1))
+                follows_text = bool(parts) and parts[-1].control is None and control is None
+                parts.append(Part(piece.replace(mark, ""), control, follows_text, learned))
+            if learned and parts[-1].control is None:
+                parts.append(Part(self.eos, self.controls[self.eos], False, True))
         return parts
 
     def split_at_controls(self, text: str) -> Iterator[str]:
@@ -152,44 +165,49 @@ class Template:
         yield from filter(None, (text[start:],))
 
     def render(self, turns: Sequence[Turn], mark: str, asks: bool = False) -> str:
-        """What the template makes of a conversation, with `mark` in control tokens' names.
+        """What the template makes of a conversation, whose own control tokens `mark` breaks up.
 
         asks: with what comes before the next answer. Raises UserError for whatever goes wrong in
         the template: it may refuse a conversation, as one without alternating roles.
         """
 
-        def harmless(text):
-            return self.pattern.sub(lambda name: f"{name[0][0]}{mark}{name[0][1:]}", text)
+        def broken_up(text):
+            return self.pattern.sub(lambda name: mark.join(name[0]) + mark, text)
 
         messages = []
-        for role, text, input in turns:
-            text, input = harmless(text), harmless(input)
-            message = {"role": role, "content": f"{text}\n\n{input}" if input else text}
-            if input:
-                message |= {"instruction": text, "input": input}
+        for turn in turns:
+            text, about = broken_up(turn.text), broken_up(turn.input)
+            message = {"role": turn.role, "content": f"{text}\n\n{about}" if about else text}
+            if about:  # as Alpaca's template wants it
+                message |= {"instruction": text, "input": about}
             messages.append(message)
         values = {
             "messages": messages,
             "add_generation_prompt": asks,
             "bos_token": self.bos,
             "eos_token": self.eos,
+            "tools": None,
+            "documents": None,
         }
-        most, more = STEPS
+        steps = STEPS + STEPS_A_TURN * len(turns)
         try:
-            return with_limit(most + more * len(turns), lambda: self.program.render(values))
+            return with_limit(steps, lambda: self.program.render(values))
         except UserError:
             raise
         except Exception as e:
             begins = f"a conversation that begins with {turns[0].text[:40]!r}" if turns else "none"
-            raise self.failed(e, f"fails on {begins}") from None
+            raise self.error(f"fails on {begins} ({self.reason(e)})") from None
 
-    def failed(self, error: Exception, how: str) -> UserError:
+    def error(self, what: str) -> UserError:
         """The error of a template that does not work."""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return UserError(
-            f"the chat template ({self.source[:40]!r} ...) {how} ({reason}); choose another with "
-            "--template, such as alpaca"
+            f"the chat template ({self.source[:40]!r} ...) {what}; correct it, or choose another "
+            "with train.py --template, such as alpaca"
         )
+
+    def reason(self, error: Exception) -> str:
+        """An exception in one line."""
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def mark_beside(turns: Sequence[Turn]) -> str:
@@ -244,15 +262,12 @@ class Generation(jinja2.ext.Extension):
 
 @functools.cache
 def environment() -> Sandbox:
-    """The surroundings that Hugging Face's templates expect.
-
-    But for `strftime_now`: with today's date in it, an example would be another one tomorrow.
-    Templates that ask for it have a date of their own where it is missing.
-    """
+    """The surroundings that Hugging Face's templates expect."""
     sandbox = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     sandbox.globals["raise_exception"] = raise_exception
+    sandbox.globals["strftime_now"] = TODAY.strftime
     sandbox.filters["tojson"] = tojson
     return sandbox
 

@@ -22,11 +22,12 @@ from text.templates import Template, alpaca_template
 from text.vocabulary import CONTROL, MOST, UNUSED, Vocabulary
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"  # a folder has one of them, or both
+GENERATION = "generation_config.json"
 BESIDE = (  # what Hugging Face's folders have beside them
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    GENERATION,
 )
 CHAT_TEMPLATE = "chat_template.jinja"  # it comes before the one in tokenizer_config.json
 
@@ -69,7 +70,7 @@ class Tokenizer:
         return frozenset([*self.bos, self.eos, *(i for i, kind in kinds if kind == CONTROL)])
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """The tokens of a prompt, after BOS if the model has one; EOS if there would be none."""
+        """The tokens of a text that is to be continued, with what `framed` puts before it."""
         return self.framed(self.encode(prompt))
 
     def framed(self, tokens: list[int]) -> list[int]:
@@ -95,10 +96,15 @@ class Tokenizer:
     def template(self) -> Template:
         """How a conversation becomes a text: the chat template among the files, else Alpaca's."""
         pieces = self.vocabulary.pieces
-        controls = {pieces[i]: i for i in self.controls if len(pieces[i]) > 1}
-        source = self.chat_template or alpaca_template(bool(self.bos))
+        controls = {pieces[i]: i for i in self.controls}
+        source = self.chat_template or self.alpaca_template
         bos = "" if self.named_bos is None else pieces[self.named_bos]
         return Template(source, controls, bos, pieces[self.eos])
+
+    @property
+    def alpaca_template(self) -> str:
+        """Alpaca's template, with BOS if the model has one."""
+        return alpaca_template(bool(self.bos))
 
     @property
     def chat_template(self) -> str | None:
@@ -112,14 +118,25 @@ class Tokenizer:
         return found if isinstance(found, str) else None
 
     def with_template(self, source: str) -> "Tokenizer":
-        """The same tokenizer with another chat template."""
-        return dataclasses.replace(self, files=self.files | {CHAT_TEMPLATE: source.encode()})
+        """The same tokenizer with another chat template, whose end of a turn is one of the stops.
+
+        Raises UserError for a template that does not work.
+        """
+        files = self.files | {CHAT_TEMPLATE: source.encode()}
+        stops = dataclasses.replace(self, files=files).answer_ends
+        if stops != self.stops:  # so that other programs stop there too
+            rules = json.loads(files.get(GENERATION, b"{}")) | {"eos_token_id": list(stops)}
+            files[GENERATION] = json.dumps(rules, indent=1).encode()
+        return dataclasses.replace(self, files=files, stops=stops)
 
     @functools.cached_property
     def answer_ends(self) -> tuple[int, ...]:
-        """What ends a generated answer: the stops, and what the template ends a turn with."""
+        """What ends a generated answer: the stops, and what the template ends a turn with.
+
+        Raises UserError for a template that does not work.
+        """
         end = self.template.end_of_turn
-        return self.stops if end in (None, *self.stops) else (*self.stops, end)
+        return self.stops if end in self.stops else (*self.stops, end)
 
     def largest_id(self) -> int:
         """The largest id that a text can become, BOS and EOS included."""
