@@ -432,14 +432,17 @@ def judge_instructions(
     """
     limit = model.config.max_position_embeddings
     examples, truncated = encode(records, tokenizer, limit)
-    if len(examples) < len(records):
+    prompts = [encode_asking(record[:-1], tokenizer) for record in records]
+    too_long = sum(len(prompt) >= limit for prompt in prompts)
+    if too_long:
         raise UserError(
-            f"{path}: {len(records) - len(examples)} prompts fill the model's context of {limit} "
-            "tokens; shorten or remove them"
+            f"{path}: {too_long} prompts fill the model's context of {limit} tokens; shorten or "
+            "remove them"
         )
     loss = response_loss(model, examples, batch_size, f"response loss, {path}")
     prepare_inference(model)
-    longest = max(int(example.learned.sum()) for example in examples)
+    answers = (len(e.tokens) - len(p) for e, p in zip(examples, prompts, strict=True))
+    longest = max(answers)
     matches = exact_match(model, tokenizer, records, longest, batch_size, f"exact match, {path}")
     error = standard_error(matches, len(records))
     print(f"{path}: {len(records)} instructions")

@@ -30,6 +30,8 @@ from text.batches import encode_asking
 from text.instructions import Turn
 from text.tokenizer import Tokenizer
 
+NOT_UTF8 = UserError("the prompt is not UTF-8; type it in a terminal that is set to UTF-8")
+
 
 def text_stream(decode: Callable[[list[int]], str], write: Callable[[str], None]) -> Callable:
     """A function that takes new tokens and gives `write` the text they add, once it is certain.
@@ -127,7 +129,8 @@ def chat(
     """Answers one question after another, each with all that was said before it.
 
     When less than half the context (or than `max_new_tokens`, if that is less) would be left for an
-    answer, the first question and its answer are forgotten.
+    answer, the first question and its answer are forgotten. Of a question that fills the context
+    alone only the error is printed.
     """
     turns, limit = [], model.config.max_position_embeddings
     for question in questions:
@@ -135,7 +138,12 @@ def chat(
         room = limit - min(max_new_tokens, limit // 2)
         while len(turns) > 1 and len(encode_asking(turns, tokenizer)) > room:
             del turns[:2]
-        said = answer(model, tokenizer, turns, write, max_new_tokens=max_new_tokens, **options)
+        try:
+            said = answer(model, tokenizer, turns, write, max_new_tokens=max_new_tokens, **options)
+        except UserError as e:  # the question alone is too long
+            print(f"error: {e}", file=sys.stderr)
+            turns.clear()
+            continue
         turns.append(Turn("assistant", said))
         write("\n")
 
@@ -148,9 +156,16 @@ def typed_questions() -> Iterator[str]:
         except EOFError:
             return
         except UnicodeDecodeError:
-            raise UserError("what is typed is not UTF-8") from None
+            raise NOT_UTF8 from None
+        check_utf8(question)
         if question.strip():
             yield question
+
+
+def check_utf8(text: str) -> None:
+    """Raises UserError for a text that came from bytes that are not UTF-8."""
+    if any("\ud800" <= c <= "\udfff" for c in text):  # Python's form of them
+        raise NOT_UTF8
 
 
 def write_stdout(text: str) -> None:
@@ -184,9 +199,7 @@ def read_options() -> argparse.Namespace:
         )
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed} is not between 0 and 2**63")
-    asked = f"{args.prompt or ''}{args.instruction or ''}{args.input}"
-    if any("\ud800" <= c <= "\udfff" for c in asked):  # Python's form of invalid UTF-8
-        parser.error("the prompt is not UTF-8")
+    check_utf8(f"{args.prompt or ''}{args.instruction or ''}{args.input}")
     return args
 
 

@@ -26,7 +26,7 @@ import evals
 import formats
 from cli import base, machine, report, runs
 from cli.data import digest, in_format, make_examples
-from cli.errors import run_command
+from cli.errors import UserError, run_command
 from cli.measure import bits_per_weight
 from cli.settings import Settings, read_settings, save_settings
 from formats.adapter import save_adapter
@@ -107,6 +107,10 @@ def run(settings: Settings) -> None:
     max_length, seed = settings.max_length, settings.seed
     world = None if settings.data else make_world()
     data = Data(world.train, "toy world", 0, "") if world else read_records(settings.data)
+    if data.form == "text" and settings.template:
+        raise UserError(
+            "--template is for conversations, and the data are plain text; leave it out"
+        )
     if settings.weights:  # so that bad data is found before anything slow
         tokenizer = in_format(base.tokenizer_of(settings), settings.template)
         train, held_out = make_examples(data, tokenizer, max_length, seed)

@@ -9,46 +9,55 @@ from cli.errors import UserError
 from text.batches import Example, encode
 from text.instructions import Data
 from text.records import read_text
-from text.templates import alpaca_template
 from text.tokenizer import Tokenizer
 
 
 def in_format(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
     """The tokenizer with the chat template of a run: of --template, else its own or Alpaca's.
 
-    template: "alpaca" or a file in Jinja. Raises UserError for a file that cannot be read.
+    template: "alpaca" or a file in Jinja. Raises UserError for a file that cannot be read, and for
+    a template that does not work.
     """
-    if template is None:
-        return tokenizer.with_template(tokenizer.template.source)
+    source = tokenizer.template.source
     if template == "alpaca":
-        return tokenizer.with_template(alpaca_template(bool(tokenizer.bos)))
-    return tokenizer.with_template(read_text(template))
+        source = tokenizer.alpaca_template
+    elif template:
+        source = read_text(template)
+    return tokenizer.with_template(source)
 
 
 def make_examples(
     data: Data, tokenizer: Tokenizer, max_length: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """(training examples, examples held out for validation: a twentieth, at most 200)."""
-    records = data.records
-    examples, truncated = encode(records, tokenizer, max_length)
-    dropped = len(records) - len(examples)
+    """(training examples, examples held out for validation: a twentieth, at most 200).
+
+    Raises UserError where no answer has room, and as `encode` does.
+    """
+    examples, truncated = encode(data.records, tokenizer, max_length)
     if machine.RANK == 0:
-        without = ""
-        if data.left_out:
-            without = f", {data.left_out} without an answer left out, first {data.first_left_out}"
-        left_out = f", {dropped} of these left out, as no response was left" if dropped else ""
-        cut = f"{truncated} longer than {max_length} tokens and cut"
-        print(f"data: {len(records)} records in {data.form} form{without}, {cut}{left_out}")
-        if data.form != "text":
-            alpaca = tokenizer.template.source == alpaca_template(bool(tokenizer.bos))
-            print(f"format: {'Alpaca' if alpaca else 'a chat template'}, as sample.py will ask")
+        too_long = len(data.records) - len(examples)
+        report_data(data, tokenizer, f"{truncated} longer than {max_length} tokens", too_long)
+    if not examples:
+        raise UserError(
+            f"none of the {len(data.records)} records has room for a response; raise --max-length"
+        )
     random.Random(seed).shuffle(examples)
     count = min(200, len(examples) // 20)
-    if len(examples) <= count:
-        raise UserError(
-            f"none of the {len(records)} records has room for a response; raise --max-length"
-        )
     return examples[count:], examples[:count]
+
+
+def report_data(data: Data, tokenizer: Tokenizer, cut: str, too_long: int) -> None:
+    """Prints what was read, what was left out of it, and in which format it is learned."""
+    unanswered = ""
+    if data.left_out:
+        unanswered = f", {data.left_out} without an answer left out (the first: "
+        unanswered += f"{data.first_left_out})"
+    left_out = f", {too_long} of these left out, as no response was left" if too_long else ""
+    found = f"{len(data.records)} records in {data.form} form{unanswered}"
+    print(f"data: {found}, {cut} and cut{left_out}")
+    if data.form != "text":
+        is_alpaca = tokenizer.template.source == tokenizer.alpaca_template
+        print(f"format: {'Alpaca' if is_alpaca else 'a chat template'}, as sample.py will ask")
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -30,7 +30,7 @@ REPOSITORIES = {  # beside llama.CONFIGS: where the weights of each size are
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
 }
-ALPACA = "yahma/alpaca-cleaned:alpaca_data_cleaned.json"  # JSON, so that nobody needs pyarrow
+ALPACA_DATA = "yahma/alpaca-cleaned:alpaca_data_cleaned.json"  # JSON, so that nobody needs pyarrow
 
 KINDS = {"weights": "model", "data": "dataset"}  # what each setting names, as Hugging Face says
 INSTEAD = {
@@ -98,7 +98,8 @@ def fetch_data(name: str) -> pathlib.Path:
 def fetch(setting: str, name: str) -> tuple[pathlib.Path, list[str]]:
     """(the repository's folder in the cache, the names of the needed files, which are all there).
 
-    setting: "weights" or "data".
+    setting: "weights" or "data". Prints where they are, or what is fetched. Raises UserError, and
+    Unreachable where it might work with a network.
     """
     require_package()
     try:
@@ -132,7 +133,10 @@ def needed_files(setting: str, name: str, names: list[str]) -> list[str]:
 
 
 def weight_files(repository: str, names: list[str]) -> list[str]:
-    """config.json, the tokenizer and the weights; never what lies in a subfolder."""
+    """config.json, the tokenizer and the weights; never what lies in a subfolder.
+
+    Raises UserError for a repository without them.
+    """
     weights = files_of_weights(names)
     if "config.json" in names and weights:
         return [*(n for n in BESIDE_WEIGHTS if n in names), *weights]
@@ -162,7 +166,7 @@ def files_of_weights(names: list[str]) -> list[str]:
 
 
 def data_files(repository: str, names: list[str]) -> list[str]:
-    """The one file of records in a data set."""
+    """The one file of records in a data set; UserError where there is none, or several."""
     found = []
     for name in names:
         is_record = name.lower().removesuffix(".gz").endswith(DATA_ENDINGS)
@@ -214,10 +218,10 @@ def storage_of(setting: str, name: str) -> pathlib.Path:
     return cache_folder() / repo_folder_name(repo_id=repository, repo_type=KINDS[setting])
 
 
-def missing_files(listed: list, needed: list[str], folder: pathlib.Path) -> dict[str, int]:
+def missing_files(files: list, needed: list[str], folder: pathlib.Path) -> dict[str, int]:
     """{name: size} of the needed files; not of those that an older version in the cache has too."""
     missing = {}
-    for file in listed:
+    for file in files:
         blob = file.lfs.sha256 if file.lfs else str(file.blob_id)
         places = (folder / file.rfilename, folder.parents[1] / "blobs" / blob)
         if file.rfilename in needed and not any(place.exists() for place in places):
@@ -247,7 +251,7 @@ def find_in_cache(
             parts = read_json(folder / file).get("weight_map")
             if not (isinstance(parts, dict) and set(parts.values()) <= set(names)):
                 raise unreachable
-    tell(f"{setting}: {unreachable.why}; {name} as fetched before is in {folder}")
+    tell(f"{setting}: {name} as fetched before is in {folder} ({unreachable.why})")
     return folder, needed
 
 
@@ -270,7 +274,7 @@ def check_room(name: str, need: int) -> None:
 
 
 def look_up(setting: str, name: str):  # noqa: ANN201, huggingface_hub's ModelInfo or DatasetInfo
-    """Commit, names and sizes of a repository's newest version."""
+    """Commit, names and sizes of a repository's newest version; UserError as `fetch` raises it."""
     from huggingface_hub import HfApi
 
     try:
@@ -285,7 +289,10 @@ def look_up(setting: str, name: str):  # noqa: ANN201, huggingface_hub's ModelIn
 
 
 def download(setting: str, name: str, files: list[str], folder: pathlib.Path) -> None:
-    """Fetches the files of a repository that `folder`, its newest version in the cache, lacks."""
+    """Fetches the files of a repository that `folder`, its newest version in the cache, lacks.
+
+    Raises UserError where that fails.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -348,12 +355,15 @@ def explained(error: Exception, setting: str, name: str, is_download: bool = Fal
             f"the download of {name} failed ({reason}); run the same command again: the files that "
             "have arrived stay"
         )
+    if isinstance(error, errors.HFValidationError):
+        return UserError(f"--{setting} {name}: {reason}")
     why = f"{constants.ENDPOINT} cannot be reached ({reason})"
     if isinstance(error, errors.OfflineModeIsEnabled):
         why = "the environment variable HF_HUB_OFFLINE forbids the network"
     elif isinstance(error, ValueError | KeyError | TypeError):  # such as a hotel's page for guests
         why = f"{constants.ENDPOINT} does not answer as Hugging Face does ({reason})"
-    return Unreachable(why, f"connect to fetch {name}, or {INSTEAD[setting]}")
+    why = f"there is no {name} here, and {why}"
+    return Unreachable(why, f"connect to fetch it, or {INSTEAD[setting]}")
 
 
 def refusal(error: Exception, setting: str, name: str) -> UserError | None:

@@ -351,7 +351,10 @@ def check_same_run(settings: Settings, identity: dict) -> None:
         return
     file = folder / "settings.json"
     before = read_json(file) if file.exists() else {}
-    places = {"base": f"{settings.out}/base", "examples": f"--data {settings.data}"}
+    places = {
+        "base": f"{settings.out}/base",
+        "examples": f"--data {settings.data} or the chat template",
+    }
     for name, value in lasting(settings, identity).items():
         if name not in before:
             raise UserError(

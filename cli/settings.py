@@ -19,7 +19,7 @@ import formats
 from cli import machine
 from cli.errors import Parser, UserError, positive, require_matplotlib
 from cli.fetch import (
-    ALPACA,
+    ALPACA_DATA,
     REPOSITORIES,
     Unreachable,
     fetch_data,
@@ -31,6 +31,9 @@ from cli.machine import check_device, default_device
 from llama import CONFIGS, LINEARS, LlamaConfig
 from qalora import check_targets
 from quant import check_group_size
+from text.instructions import read_records
+from text.records import read_text
+from text.templates import check_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,7 @@ CHANGEABLE = (
     "weights",
     "tokenizer",
     "data",
+    "template",
     "calibration",
 )
 THIS_START = ("resume", "fresh", "plot")
@@ -114,7 +118,7 @@ def option_parser(description: str) -> Parser:
     add("--model", help=f"tiny (default without --weights), or the weights' size: {names}")
     add("--weights", help="a LLaMA: a folder, a Q4_1 .gguf file, or ORG/NAME on Hugging Face")
     add("--tokenizer", help="its tokenizer.model or tokenizer.json, where the weights have none")
-    add("--data", help="JSON, JSONL, CSV, text, or ORG/NAME[:FILE] on Hugging Face (Alpaca)")
+    add("--data", help="JSON, JSONL, CSV, Parquet, text; or ORG/NAME[:FILE] on Hugging Face")
     add("--template", help="alpaca, or a file in Jinja (the model's own chat template, if any)")
     add("--calibration", help="text or instructions for GPTQ (default: the training data)")
     add("--calibration-tokens", type=size, help="tokens of it at most (262144: 128 x 2048)")
@@ -220,6 +224,8 @@ def recipe(given: dict) -> dict:
         return {**values, **fetched(given)}
     values |= {**REAL, "checkpointing": 1}
     check_alone({**values, **given}, given)
+    if not pathlib.Path(given.get("weights") or f"weights/{model}").exists():
+        given = given | checked_before_weights(given, model)
     weights = weights_of(given, model)
     kept = formats.quantization_of(weights) or {}
     values |= {name: kept[name] for name in ("bits", "group_size") if name in kept}
@@ -227,12 +233,29 @@ def recipe(given: dict) -> dict:
     if config.hidden_size > CONFIGS["13b"].hidden_size:
         values["lr"] = 1e-5
     values["max_length"] = min(values["max_length"], config.max_position_embeddings)
-    values |= {"data": ALPACA, **given, "weights": weights}
+    values |= {"data": ALPACA_DATA, **given, "weights": weights}
     return {**values, **fetched({"data": values["data"]})}
 
 
+def checked_before_weights(given: dict, model: str | None) -> dict:
+    """{"data": local path} of what was typed; checks all it can before gigabytes are fetched.
+
+    Raises UserError for bad data, and for a group size that does not fit the size `model`.
+    """
+    if model in CONFIGS and given.get("method", "qalora") == "qalora":
+        check_group_size(CONFIGS[model], given.get("group_size", 32))
+    if not given.get("data"):
+        return {}
+    data = {"data": given["data"], **fetched({"data": given["data"]})}
+    read_records(data["data"])
+    return data
+
+
 def weights_of(given: dict, model: str | None) -> str:
-    """Where the weights are: as typed, or in weights/MODEL, or in the cache, once fetched."""
+    """Where the weights are: as typed, or in weights/MODEL, or in the cache, once fetched.
+
+    Raises UserError where there are none, and Unreachable where there might be with a network.
+    """
     weights = given.get("weights") or f"weights/{model}"
     if pathlib.Path(weights).exists():
         return weights
@@ -254,7 +277,10 @@ def weights_of(given: dict, model: str | None) -> str:
 
 
 def fetched(given: dict) -> dict:
-    """{setting: local path} of weights and data that are named as repositories, once fetched."""
+    """{setting: local path} of weights and data that are named as repositories, once fetched.
+
+    Raises UserError and Unreachable as `fetch_weights` does.
+    """
     paths = {}
     for name, fetch in (("weights", fetch_weights), ("data", fetch_data)):
         if is_repository(given.get(name) or ""):
@@ -287,6 +313,7 @@ def resumed(given: dict, parser: Parser) -> dict:
         )
     try:
         values = read_json(path)
+        values.setdefault("template")  # it is newer than the first runs
         for field in dataclasses.fields(Settings):
             may_be_null = type(None) in typing.get_args(field.type)
             kept = field.name in values and (may_be_null or values[field.name] is not None)
@@ -366,8 +393,10 @@ def check_alone(values: dict, given: dict) -> None:
         if file and not can_be_fetched and not pathlib.Path(file).is_file():
             raise UserError(f"{option(name)} {file}: there is no such file")
     template = values["template"]
-    if template not in (None, "alpaca") and not pathlib.Path(template).is_file():
-        raise UserError(f"--template {template}: it is neither alpaca nor a file")
+    if template not in (None, "alpaca"):
+        if not pathlib.Path(template).is_file():
+            raise UserError(f"--template {template}: it is neither alpaca nor a file")
+        check_template(read_text(template))
     if not 0 <= values["seed"] < 2**63:
         raise UserError(f"--seed {values['seed']} is not between 0 and 2**63")
     if values["batch_size"] % machine.WORLD:

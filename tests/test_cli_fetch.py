@@ -434,7 +434,7 @@ def test_a_run_from_nothing_fetches_trains_and_merges(hub, world, tmp_path, monk
     place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
     words = ["--weights", "org/tiny", "--data", "org/data", *FEW]
     text, _ = command("train.py", *words, cwd=tmp_path, environment=place)
-    assert text.index("weights: fetching org/tiny,") < text.index("data: fetching org/data,")
+    assert text.index("data: fetching org/data,") < text.index("weights: fetching org/tiny,")
     assert hub.sent() == sorted([*files, "records.json"])
     run = tmp_path / "runs" / "tiny"
     kept = json.loads((run / "run.json").read_text())

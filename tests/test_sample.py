@@ -310,15 +310,35 @@ def test_every_answer_of_a_chat_follows_all_that_was_said_before(tokenizer):
 def test_a_chat_that_outgrows_the_context_forgets_its_first_turns_but_never_the_last_question(
     tokenizer,
 ):
-    config = dataclasses.replace(CHAT, max_position_embeddings=200)
-    questions = [f"Once {'upon ' * i}?" for i in range(12)]
-    text, seen = chatted(peaked_llama(config), tokenizer, questions, max_new_tokens=20)
-    asked = [turns for turns, after in zip(seen, [*seen[1:], None], strict=True) if turns != after]
-    assert [turns[-1] for turns in seen if turns[-1] in questions][-1] == questions[-1]
-    lengths = [len(turns) for turns in seen]
-    assert 1 < max(lengths) < 2 * len(questions) - 1, "some were kept, the first forgotten"
-    for turns in asked:
-        assert turns[0::2] == questions[: questions.index(turns[-1]) + 1][-len(turns[0::2]) :]
+    questions = [f"Once {'upon ' * i}?" for i in range(14)]
+    _, seen = chatted(peaked_llama(CHAT), tokenizer, questions, max_new_tokens=20)
+    room, forgotten = 600 - 20, 0
+    for turns, after in zip(seen, [*seen[1:], None], strict=True):
+        said = [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+        fits = len(encode_asking(said, tokenizer)) <= room
+        begin = questions.index(turns[0])  # the oldest that is left; all after it are there
+        assert turns[0::2] == questions[begin : begin + len(turns[0::2])]
+        if not fits:  # it is not answered, but its first question and answer are left out
+            forgotten += 1
+            assert after == turns[2:]
+    assert forgotten > 2 and seen[-1][-1] == questions[-1] and len(seen[-1]) > 3
+
+
+def test_a_question_that_fills_the_context_alone_is_said_to_and_the_chat_goes_on(tokenizer, capsys):
+    questions = ["Once?", "upon " * 800, "A time?"]
+    text, seen = chatted(peaked_llama(CHAT), tokenizer, questions, max_new_tokens=5)
+    assert text.count("\n") >= 2 and seen[-1] == ["A time?"]
+    assert "tokens and fills the model's context of 600; shorten it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", [b"\xff\n", "\udcff\n"])
+def test_what_is_typed_and_is_not_utf8_is_refused(monkeypatch, typed):
+    """Python's C locale lets such bytes through, as halves of surrogate pairs."""
+    is_text = isinstance(typed, str)
+    stdin = io.StringIO(typed) if is_text else io.TextIOWrapper(io.BytesIO(typed), "utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(UserError, match="not UTF-8"):
+        next(sample.typed_questions())
 
 
 def test_a_chat_reads_lines_until_its_input_ends_and_passes_over_empty_ones(

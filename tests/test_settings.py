@@ -192,7 +192,7 @@ def test_with_resume_only_what_is_typed_is_fetched(whole, tmp_path, monkeypatch,
     out = shutil.copytree(whole, tmp_path / "run")
     assert read(monkeypatch, "--resume", "--out", out)["out"] == str(out)
     message = refusal(monkeypatch, "--resume", "--out", out, option, "org/name")
-    assert "connect to fetch org/name" in message
+    assert "there is no org/name here" in message
 
 
 def test_a_size_that_contradicts_the_files_shows_both(world, tmp_path, monkeypatch):
@@ -210,9 +210,9 @@ def test_a_size_that_contradicts_the_files_shows_both(world, tmp_path, monkeypat
         (dict(steps=0), "--steps"),
         (dict(seed=2**70), "--seed"),
         (dict(data="missing.json"), "missing.json: there is no such file"),
-        (dict(data=None), "connect to fetch yahma/alpaca-cleaned:alpaca_data_cleaned.json"),
-        (dict(data="org/data"), "connect to fetch org/data"),
-        (dict(weights="org/tiny"), "connect to fetch org/tiny"),
+        (dict(data=None), "there is no yahma/alpaca-cleaned:alpaca_data_cleaned.json here"),
+        (dict(data="org/data"), "there is no org/data here"),
+        (dict(weights="org/tiny"), "there is no org/tiny here"),
         (dict(device="cuda:99"), "--device cuda:99"),
         (dict(device="meta"), "--device meta"),
         (dict(max_length=257), "--max-length 257 is more than the model's context of 256 tokens"),

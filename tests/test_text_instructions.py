@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.errors import UserError
-from text.instructions import FORMS, ROLES, Data, Turn, read_records
+from text.instructions import FORMS, Data, Turn, read_records
 
 
 def read(folder, content, name="records.json"):
@@ -51,6 +51,18 @@ CONVERSATION = [{"from": "human", "value": "Add."}, {"from": "gpt", "value": "3"
         (
             {"system_prompt": "Be brief.", "question": "Add.", "response": "3"},
             "OpenOrca",
+            INSTRUCTED,
+        ),
+        (
+            {"system": "Be brief.", "instruction": "Add.", "output": "3", "history": []},
+            "Alpaca",
+            INSTRUCTED,
+        ),
+        ({"query": "Add.", "response": "3"}, "queries", ADDING),
+        ({"system": "Be brief.", "messages": MESSAGES}, "messages", INSTRUCTED),
+        (
+            {"system_prompt": "Be brief.", "conversations": CONVERSATION},
+            "conversations",
             INSTRUCTED,
         ),
         ({"system_prompt": " ", "question": "Add.", "response": "3"}, "OpenOrca", ADDING),
@@ -130,133 +142,18 @@ def test_a_table_is_read_as_json_is(tmp_path):
 
 
 def test_a_number_is_learned_as_it_is_written(tmp_path):
-    text = '[{"question": 12, "answer": 3.10}, {"question": "a", "answer": NaN}]'
+    text = '[{"question": 12, "answer": 3.10}, {"question": "a", "answer": Infinity}'
     expected = [record(("user", "12"), ("assistant", "3.10"))]
-    expected += [record(("user", "a"), ("assistant", "NaN"))]
-    assert read(tmp_path, text).records == expected
+    expected += [record(("user", "a"), ("assistant", "Infinity"))]
+    assert read(tmp_path, f"{text}]").records == expected
+    missing = ['{"question": "a", "answer": NaN}', *['{"question": "a", "answer": "b"}'] * 9]
+    assert read(tmp_path, "\n".join(missing)).left_out == 1, "as Python writes a missing number"
 
 
 def test_a_text_file_is_a_record_a_paragraph(tmp_path):
     data = read(tmp_path, "\n\nOne\nand one.\n \n\nTwo.\r\n\r\nThree.\n", "story.txt")
     texts = ["One\nand one.", "Two.", "Three."]
     assert data == Data([record(("text", text)) for text in texts], "text", 0, "")
-
-
-# ---- conversations
-
-
-def test_a_conversation_keeps_what_leads_to_its_last_answer(tmp_path):
-    turns = [
-        ("assistant", "Hello!"),
-        ("system", "Be brief."),
-        ("tool", "Ready."),
-        ("system", " "),
-        ("system", "Be kind."),
-        ("assistant", ""),
-        ("user", "Add."),
-        ("assistant", "3"),
-        ("assistant", "Yes."),
-        ("system", ""),
-        ("user", "And"),
-        ("user", "now?"),
-        ("tool", "2"),
-        ("tool", "2"),
-        ("assistant", "4"),
-        ("user", "Bye"),
-        ("tool", "5"),
-    ]
-    expected = record(
-        ("system", "Be brief.\n\nBe kind."),
-        ("user", "Add."),
-        ("assistant", "3\n\nYes."),
-        ("user", "And\n\nnow?"),
-        ("tool", "2\n\n2"),
-        ("assistant", "4"),
-    )
-    assert conversation(tmp_path, [{"role": r, "content": text} for r, text in turns]) == expected
-
-
-@pytest.mark.parametrize(
-    "names, role",
-    [
-        ("user human prompter", "user"),
-        ("assistant gpt chatgpt bing bard model bot", "assistant"),
-        ("function tool observation ipython tool_response", "tool"),
-        ("system", "system"),
-    ],
-)
-def test_every_name_of_a_speaker_is_known(tmp_path, names, role):
-    assert sorted(names.split()) == sorted(name for name in ROLES if ROLES[name] == role)
-    for name in names.split():
-        said = [{"from": name, "value": "b"}]
-        if role != "system":
-            said.insert(0, {"from": "user", "value": "a"})
-        said += CONVERSATION
-        found = read(tmp_path, json.dumps([{"conversations": said}])).records[0]
-        merged = {"user": ("user", "a\n\nb\n\nAdd."), "assistant": ("assistant", "b")}
-        assert merged.get(role, (role, "b")) in [turn[:2] for turn in found]
-        assert found[-1] == Turn("assistant", "3")
-
-
-def test_a_message_may_come_in_parts(tmp_path):
-    parts = [{"type": "text", "text": "Ad"}, "d", {"type": "text", "text": ".", "image_url": None}]
-    assert conversation(tmp_path, [{"role": "user", "content": parts}, MESSAGES[1]]) == ADDING
-
-
-@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {"content": []}, {}])
-@pytest.mark.parametrize("call", [{"tool_calls": [{"id": "1"}]}, {"function_call": {"name": "f"}}])
-def test_a_turn_that_only_calls_a_tool_says_nothing(tmp_path, content, call):
-    calling = {"role": "assistant", **content, **call}
-    answer = {"role": "tool", "content": "1 2", "tool_calls": None}
-    expected = record(("user", "Add."), ("tool", "1 2"), ("assistant", "3"))
-    assert conversation(tmp_path, [MESSAGES[0], calling, answer, MESSAGES[1]]) == expected
-    saying = {"role": "assistant", "content": "Wait.", **call}
-    found = conversation(tmp_path, [MESSAGES[0], saying, answer, MESSAGES[1]])
-    assert found[1] == Turn("assistant", "Wait.")
-
-
-GUANACO = "### Human: Hi### Assistant: Hello!### Human: Tea?\nOr # milk?\n### Assistant:\nTea.\n"
-
-
-@pytest.mark.parametrize(
-    "text, form, turns",
-    [
-        (
-            GUANACO,
-            "Guanaco",
-            [("user", "Hi"), ("assistant", "Hello!")]
-            + [("user", "Tea?\nOr # milk?"), ("assistant", "Tea.")],
-        ),
-        (f"{GUANACO}### Human: Bye", "Guanaco", None),
-        ("Be kind. ### Human: a### Assistant: b", "Guanaco", [("system", "Be kind.")]),
-        (
-            "<human>: a <bot>: b\n<bot>: c\n\n",
-            "Chip2",
-            [("user", "a <bot>: b"), ("assistant", "c")],
-        ),
-        ("<human>: a\n <bot>: b", "text", [("text", "<human>: a\n <bot>: b")]),
-        ("<bot>: a\n<human>: b", "text", [("text", "<bot>: a\n<human>: b")]),
-        ("### Assistant: a### Human: b", "text", [("text", "### Assistant: a### Human: b")]),
-        ("## Human: a## Assistant: b\n", "text", [("text", "## Human: a## Assistant: b\n")]),
-    ],
-)
-def test_a_text_with_speakers_is_a_conversation(tmp_path, text, form, turns):
-    data = read(tmp_path, json.dumps({"text": text}))
-    if turns is None:  # what is said behind the last answer is dropped
-        turns = read(tmp_path, json.dumps({"text": GUANACO})).records[0]
-    assert (data.form, data.left_out) == (form, 0)
-    assert data.records[0][: len(turns)] == record(*turns)
-    assert form != "text" or len(data.records[0]) == 1
-
-
-def test_the_first_text_decides_for_the_file(tmp_path):
-    plain, dialogue = {"text": "Assam."}, {"text": "<human>: a\n<bot>: b"}
-    data = read(tmp_path, json.dumps([plain, dialogue]))
-    expected = [record(("text", "Assam.")), record(("text", "<human>: a\n<bot>: b"))]
-    assert data == Data(expected, "text", 0, "")
-    data = read(tmp_path, json.dumps([dialogue] * 10 + [plain], indent=0))
-    expected = [record(("user", "a"), ("assistant", "b"))] * 10
-    assert data == Data(expected, "Chip2", 1, "line 32")
 
 
 # ---- records without an answer
@@ -301,6 +198,13 @@ def test_a_conversation_without_an_answer_is_left_out_and_counted(tmp_path, said
     assert read(tmp_path, json.dumps(values)) == Data([ADDING] * 9, "messages", 1, "line 1")
     with pytest.raises(UserError, match="1 of 9 records have no answer"):
         read(tmp_path, json.dumps(values[:9]))
+
+
+def test_a_blank_text_does_not_decide_whether_the_others_are_dialogues(tmp_path):
+    texts = ["", " ", "### Human: a### Assistant: b"] + ["### Human: c### Assistant: d"] * 40
+    data = read(tmp_path, json.dumps([{"text": text} for text in texts]))
+    assert (data.form, data.left_out, data.first_left_out) == ("Guanaco", 2, "line 1")
+    assert data.records[0] == record(("user", "a"), ("assistant", "b"))
 
 
 def test_questions_with_choices_are_not_instructions(tmp_path):
@@ -353,7 +257,7 @@ BAD = [  # (the second of three records, what its error says)
     ('"Add."', "a record must be an object with named fields, not str"),
     ('["Add.", "3"]', "a record must be an object with named fields, not list"),
     ("null", "a record must be an object"),
-    (r'{"instruction": "Add.", "output": "\ud83d"}', "surrogates not allowed"),
+    (r'{"instruction": "Add.", "output": "\ud83d"}', "half a character"),
 ]
 
 
@@ -392,7 +296,10 @@ USER = {"role": "user", "content": "Add."}
         ({}, "a conversation must be a list"),
         (None, "a conversation must be a list"),
         (["Hello"], "a conversation must be a list of objects"),
-        ([USER, {"role": "robot", "content": "3"}], "unknown role 'robot'; known: system, user"),
+        (
+            [USER, {"role": "robot", "content": "3"}],
+            "unknown role 'robot'; known: system, dev",
+        ),
         ([USER, {"content": "3"}], "no role"),
         ([USER, {"role": "assistant"}], "no content"),
         ([USER, {"role": None, "content": "3"}], "role is NoneType"),
@@ -400,7 +307,7 @@ USER = {"role": "user", "content": "Add."}
         ([{"role": "user", "content": None}], "content is NoneType"),
         ([{"role": "tool", "content": None}], "content is NoneType"),
         ([{"role": "user", "content": {"text": "Add."}}], "content is dict"),
-        ([{"role": "user", "content": ["\ud83d"]}], ".*surrogates not allowed"),
+        ([{"role": "user", "content": ["\ud83d"]}], ".*half a character"),
         ([{"role": "user", "content": [None]}], "a part of content is NoneType"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}],

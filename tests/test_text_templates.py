@@ -320,7 +320,9 @@ BAD = {
     "{{ raise_exception('System role not supported') }}": "System role not supported",
     "{% include 'other' %}": "no loader|TypeError",
     "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}": "otherwise once",
-    "{# nothing #}": "leaves out the answer 'you'|leaves out the answer 'b'",
+    "{# nothing #}": "leaves out the answer",
+    "{{ 'a' * 2 }}": "leaves out the answer|SecurityError",
+    "{{ '\\ud800' }}": "surrogates not allowed",
     "{{ messages[0].content }}": "leaves out the answer",
 }
 
@@ -339,7 +341,16 @@ def test_a_template_that_does_not_work_is_named_in_one_line(toy_tokenizer, sourc
             use()
     assert sys.gettrace() is before
     assert "\n" not in str(caught.value) and "--template" in str(caught.value)
-    assert source[:10] in str(caught.value)
+    assert source[:5] in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["text", "value", "Content"])
+def test_a_template_that_does_not_write_what_is_said_is_refused(toy_tokenizer, field):
+    source = f"{{% for m in messages %}}{{{{ m.role + ': ' }}}}{{{{ m.{field} }}}}{{% endfor %}}"
+    with pytest.raises(UserError, match="does not write what is said"):
+        toy_tokenizer.with_template(source)
+    with pytest.raises(UserError, match="leaves out the answer"):  # as of Python's str.format
+        toy_tokenizer.with_template("### Instruction:\n{instruction}\n### Response:\n{output}")
 
 
 def test_a_conversation_that_a_template_refuses_is_named(toy_tokenizer):

@@ -263,7 +263,7 @@ def test_validation_examples_are_held_out_and_what_is_cut_or_left_out_is_counted
         prompt, response = alpaca_prompt(question.text), answer.text
         cut += 2 + len(tokenizer.encode(prompt)) + len(tokenizer.encode(response)) > most
     left_out = "1 of these left out, as no response was left"
-    without = "2 without an answer left out, first line 7"
+    without = "2 without an answer left out (the first: line 7)"
     said = f"{without}, {cut} longer than {most} tokens and cut, {left_out}"
     assert printed[0] == f"data: 31 records in LongForm form, {said}" and 1 < cut < 31
     assert len(held_out) == 30 // 20

@@ -101,11 +101,16 @@ def test_a_run_and_what_is_merged_or_exported_from_it_ask_as_it_was_trained(
     assert encode_asking([ASKED], formats.load_tokenizer(tmp_path / "model.gguf")) == asked
 
 
+def test_a_template_for_plain_text_is_refused(chat, tmp_path):
+    words = options(chat, tmp_path / "run", data=chat / "texts.jsonl", template="alpaca", **QUICK)
+    assert "--template is for conversations" in run(tmp_path / "log", words, status=2)
+
+
 def test_a_run_goes_on_in_its_own_format_only(runs, chat, tmp_path):
     folder = shutil.copytree(runs["other"][0], tmp_path / "run")
     more = ["--resume", "--out", str(folder), "--steps", "2"]
     refused = run(tmp_path / "log", [*more, "--template", "alpaca"], status=2)
-    assert "--template alpaca contradicts" in refused
+    assert "examples" in refused
     run(tmp_path / "log", more)
     assert template_of(folder) == OTHER
     content = (chat / "other.jinja").read_text()
@@ -122,6 +127,7 @@ def test_a_run_goes_on_in_its_own_format_only(runs, chat, tmp_path):
     [
         (None, "it is neither alpaca nor a file"),
         (b"\xff", "line 1: byte 0xff is not UTF-8"),
+        (b" \n", "leaves out the answer"),
         (b"{% for %}", "is not valid"),
         (b"{{ raise_exception('no system role, please') }}", "no system role, please"),
         (b"{{ messages }}", "otherwise once it has gone on"),

@@ -30,7 +30,7 @@ class Data(NamedTuple):
     """The conversations of a file, and what of it is not among them."""
 
     records: list[Record]
-    form: str  # a name in FORMS
+    form: str  # a name in FORMS, or "toy world"
     left_out: int  # records without an answer
     first_left_out: str  # where the first of them is, such as "line 17"; "" if there are none
 
@@ -43,6 +43,7 @@ FORMS = {  # the fields that a form needs; a record has the first form whose fie
     "FLAN v2": ("inputs", "targets"),
     "Self-instruct": ("prompt", "completion"),
     "prompts": ("prompt", "response"),
+    "queries": ("query", "response"),  # MetaMathQA
     "LongForm": ("input", "output"),
     "messages": ("messages",),
     "conversations": ("conversations",),
@@ -51,7 +52,13 @@ FORMS = {  # the fields that a form needs; a record has the first form whose fie
     "Guanaco": ("text",),
 }
 INPUTS = {"Alpaca": "input", "Dolly": "context"}  # the field of the input, which may be missing
-SYSTEMS = {"OpenOrca": "system_prompt"}  # the field of the system's turn, which may be missing
+# The fields of the system's turn, which may be missing
+SYSTEMS = {
+    "Alpaca": ("system",),
+    "OpenOrca": ("system_prompt",),
+    "messages": ("system", "system_prompt"),
+    "conversations": ("system", "system_prompt"),
+}
 # An answer in Self-instruct's file for fine-tuning GPT-3 ends so, and begins with a space
 GPT3_END = "<|endoftext|>"
 MARKERS = {  # how a text names the next speaker; Guanaco's stand at a line's begin or in a line
@@ -60,6 +67,7 @@ MARKERS = {  # how a text names the next speaker; Guanaco's stand at a line's be
 }
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "prompter": "user",
@@ -100,6 +108,8 @@ def read_records(path: str | pathlib.Path) -> Data:
         if record:
             records.append(record)
             continue
+        if form == "text" and not records:
+            form = None  # a blank text does not tell whether the others are dialogues
         if not left_out:
             first = (place, count)
         left_out += 1
@@ -171,24 +181,33 @@ def _layout(text):
 def _record_of(value, form):
     """The conversation in one value of a file; None if it has no answer."""
     if form == "messages":
-        return _conversation(_said(value["messages"], "role", "content"))
+        said = _system(value, form) + _messages(value["messages"], "role", "content")
+        return _conversation(said)
     if form == "conversations":
-        return _conversation(_said(value["conversations"], "from", "value"))
+        said = _system(value, form) + _messages(value["conversations"], "from", "value")
+        return _conversation(said)
     if form in MARKERS:
-        return _conversation(_said_in_text(_optional(value, "text"), MARKERS[form]))
+        return _conversation(_messages_in_text(_optional(value, "text"), MARKERS[form]))
     if form == "text":
         text = _optional(value, "text")
         return (Turn("text", text),) if text.strip() else None
+    if form == "Alpaca" and value.get("history"):
+        raise ValueError("history is not supported; write the conversation as messages")
     asked, answered = FORMS[form]
-    system = _optional(value, SYSTEMS.get(form))
     question = Turn("user", _string(value, asked), _optional(value, INPUTS.get(form)))
     answer = _optional(value, answered)
     if form == "Self-instruct":
         answer = answer.removesuffix(GPT3_END).removeprefix(" ")
     if not answer.strip():
         return None
-    before = (Turn("system", system),) if system.strip() else ()
+    before = [Turn(*said) for said in _system(value, form) if said[1].strip()]
     return *before, question, Turn("assistant", answer)
+
+
+def _system(value, form):
+    """[("system", text)] of the fields beside a conversation that hold it."""
+    texts = [_optional(value, field) for field in SYSTEMS.get(form, ())]
+    return [("system", text) for text in texts if text]
 
 
 def _conversation(said):
@@ -198,7 +217,7 @@ def _conversation(said):
     conversation go on without it, so it is left out with all of its turns.
     """
     turns = []
-    for role, group in itertools.groupby(_heard(said), operator.itemgetter(0)):
+    for role, group in itertools.groupby(_without_unasked(said), operator.itemgetter(0)):
         turns.append(Turn(role, "\n\n".join(text for _, text in group)))
     while turns and turns[-1].role != "assistant":
         turns.pop()
@@ -206,8 +225,8 @@ def _conversation(said):
     return tuple(turns) if answers and all(map(str.strip, answers)) else None
 
 
-def _heard(said):
-    """What counts of what was said: no empty system message, and no answer before a question."""
+def _without_unasked(said):
+    """What was said, without empty system messages and all else before the first question."""
     asked = False
     for role, text in said:
         if role == "system" and not text.strip():
@@ -219,7 +238,7 @@ def _heard(said):
             yield role, text
 
 
-def _said(turns, role_field, text_field):
+def _messages(turns, role_field, text_field):
     """[(role, text)] of a list of messages. Some people's conversations have messages' fields."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("a conversation must be a list of objects")
@@ -228,7 +247,9 @@ def _said(turns, role_field, text_field):
         fields = (role_field, text_field)
         if role_field not in turn and "role" in turn:
             fields = ("role", "content")
-        name = _string(turn, fields[0])
+        name = _string(turn, fields[0]).lower()
+        if turn.get("weight") == "0":
+            raise ValueError("a weight of 0, for a turn not to be learned, is not supported")
         if name not in ROLES:
             raise ValueError(f"unknown {fields[0]} {name!r}; known: {', '.join(ROLES)}")
         text = _text_of(turn, fields[1], ROLES[name])
@@ -258,7 +279,7 @@ def _text_of_part(part, field):
     return _string(part, "text")
 
 
-def _said_in_text(text, markers):
+def _messages_in_text(text, markers):
     """[(role, text)] of a dialogue in one text; what stands before the first marker is system's."""
     before, *parts = markers.split(text)
     said = [("system", before.strip())]
@@ -283,5 +304,9 @@ def _checked(text, name):
     """A text, after a look at it; ValueError if it is no string or no valid Unicode."""
     if not isinstance(text, str):
         raise ValueError(f"{name} is {type(text).__name__}, not a string")
-    text.encode()  # JSON can hold half a surrogate pair (\ud83d): UnicodeEncodeError, a ValueError
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        half = text[e.start].encode("unicode_escape").decode()
+        raise ValueError(f"{name} has half a character ({half}), which is no text") from None
     return text

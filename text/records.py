@@ -30,7 +30,10 @@ CHUNK = 2**18  # bytes that are read at a time
 ROWS = 1000  # of Parquet that are made Python's at a time
 SPACE = re.compile(r"[ \t\n\r]*")  # what JSON counts as space
 LONGEST_WORD = 16  # characters; longer than -Infinity or \ud83d\ude00, which may be cut off
-DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+CONSTANTS = {"NaN": None}  # how Python writes a number that is missing
+DECODER = json.JSONDecoder(
+    parse_int=str, parse_float=str, parse_constant=lambda name: CONSTANTS.get(name, name)
+)
 
 
 def values_in(path: str | pathlib.Path) -> Iterator[tuple[str, Any]]:
@@ -190,6 +193,8 @@ def _csv_rows(path, lines):
             continue
         if header is None:
             header = [name.strip() for name in row]
+            if len(set(header)) < len(header):
+                raise UserError(f"{path}, line {line}: the header has a name twice; rename one")
         elif len(row) != len(header):
             raise UserError(
                 f"{path}, line {line}: {len(row)} fields, where the header names {len(header)}; "
@@ -334,13 +339,29 @@ def _parquet_rows(path):
             count = table.metadata.num_rows
             with tqdm(total=count, unit=" rows", **_bar_options(path)) as bar:
                 for batch in table.iter_batches(ROWS, use_threads=False):
-                    for value in batch.to_pylist():
+                    columns = [_column_values(column) for column in batch.columns]
+                    for values in zip(*columns, strict=True):
                         row += 1
-                        yield row, _numbers_as_text(value)
+                        yield row, dict(zip(batch.schema.names, values, strict=True))
                     bar.update(len(batch))
         except (pyarrow.ArrowException, OSError, ValueError) as e:
             where = f"{path}, after row {row}" if row else path
             raise UserError(f"{where}: no valid Parquet ({e}); fetch it again") from None
+
+
+def _column_values(column):
+    """A column's values; those of numbers and times as text, as Arrow writes it (0.1 of 4 bytes).
+
+    A number that is missing, as pandas writes it (NaN), is null.
+    """
+    from pyarrow import types
+
+    kind = column.type
+    if types.is_integer(kind) or types.is_decimal(kind) or types.is_temporal(kind):
+        return column.cast("string").to_pylist()
+    if types.is_floating(kind):
+        return [None if text == "nan" else text for text in column.cast("string").to_pylist()]
+    return [_numbers_as_text(value) for value in column.to_pylist()]
 
 
 def _numbers_as_text(value):

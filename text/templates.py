@@ -95,8 +95,16 @@ class Template:
 
     @functools.cached_property
     def end_of_turn(self) -> int:
-        """The control token that ends an answer. Raises UserError as `parts` does."""
-        return self.parts((Turn("user", "a"), Turn("assistant", "b")))[-1].control
+        """The control token that ends an answer.
+
+        Raises UserError as `parts` does, and for a template that does not write what is said.
+        """
+        question, answer = "What is asked?", "What is answered."
+        parts = self.parts((Turn("user", question), Turn("assistant", answer)))
+        for said, learned in ((question, False), (answer, True)):
+            if said not in "".join(part.text for part in parts if part.learned == learned):
+                raise self.error(f"does not write what is said, such as {said!r}, in its place")
+        return parts[-1].control
 
     def parts(self, record: Record) -> list[Part]:
         """A whole conversation; of it the assistant's words are learned, and what ends its turn.
@@ -132,8 +140,8 @@ class Template:
                 said = self.render(turns[: k + 1], mark)
                 if not (said.startswith(asked) and whole.startswith(said)):
                     raise self.error(
-                        "writes the beginning of a conversation otherwise once it has gone on, so "
-                        "what is to be learned is not clear"
+                        "writes the beginning of a conversation otherwise once it has gone on, "
+                        f"such as of {beginning(turns)}, so what is to be learned is not clear"
                     )
                 if said == asked:
                     raise self.error(f"leaves out the answer {turn.text[:40]!r}")
@@ -191,12 +199,13 @@ class Template:
         }
         steps = STEPS + STEPS_A_TURN * len(turns)
         try:
-            return with_limit(steps, lambda: self.program.render(values))
+            text = with_limit(steps, lambda: self.program.render(values))
+            text.encode()  # a template can write half a character, which is no text
+            return text
         except UserError:
             raise
         except Exception as e:
-            begins = f"a conversation that begins with {turns[0].text[:40]!r}" if turns else "none"
-            raise self.error(f"fails on {begins} ({self.reason(e)})") from None
+            raise self.error(f"fails on {beginning(turns)} ({self.reason(e)})") from None
 
     def error(self, what: str) -> UserError:
         """The error of a template that does not work."""
@@ -210,12 +219,22 @@ class Template:
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+def beginning(turns: Sequence[Turn]) -> str:
+    """What tells a conversation from others, for an error."""
+    return f"a conversation that begins with {turns[0].text[:40]!r}" if turns else "nothing said"
+
+
 def mark_beside(turns: Sequence[Turn]) -> str:
     """A mark that is in none of the texts."""
     mark = MARK
     while any(mark in turn.text or mark in turn.input for turn in turns):
         mark += MARK
     return mark
+
+
+def check_template(source: str) -> None:
+    """Raises UserError for what no model could be trained in, whatever its tokenizer."""
+    Template(source, {"<s>": 1, "</s>": 2}, "<s>", "</s>").end_of_turn  # noqa: B018
 
 
 def alpaca_template(with_bos: bool) -> str:
