@@ -40,7 +40,7 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
     tokenizer = formats.load_tokenizer(folder)
     with written_whole(path) as beside:
         if rest:
-            write_back(model, rest, beside, tokenizer.chat_template)
+            write_back(model, tokenizer, rest, beside)
         else:
             dtype = torch.float32 if embeddings == "f32" else torch.float16
             write_gguf(model, tokenizer, beside, dtype)

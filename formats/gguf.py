@@ -31,7 +31,7 @@ from cli.errors import UserError
 from cli.files import written_whole
 from formats.files import GGUF_REST, checked_config, fill, open_file
 from formats.gguf_rope import ROPE_FREQS, divisors, linear_scaling, llama3_scaling
-from formats.gguf_vocabulary import tokenizer_of, with_chat_template, write_vocabulary
+from formats.gguf_vocabulary import tokenizer_of, with_format, write_vocabulary
 from formats.q4_1 import from_q4_1, quantized_layers, rotary_heads, to_q4_1
 from formats.quantized import quantized_skeleton, save_quantized
 from llama import LINEARS, Llama, LlamaConfig
@@ -437,12 +437,11 @@ def save_rest(reader: Any, others: list, path: pathlib.Path) -> None:
         save_file(kept, beside, metadata=layout)
 
 
-def write_back(
-    model: Llama, rest: pathlib.Path, path: pathlib.Path, chat_template: str | None
-) -> None:
+def write_back(model: Llama, tokenizer: Tokenizer, rest: pathlib.Path, path: pathlib.Path) -> None:
     """Writes the GGUF file that a model came from, with the quantized layers as they are now.
 
-    chat_template: of the model as it is now; where the file has another, it is replaced.
+    Where the tokenizer has another chat template than the file, that is replaced as well. Raises
+    UserError where what was kept of the file is damaged.
     """
     kept = open_file(rest)
     with safetensors.safe_open(rest, framework="pt") as file:
@@ -454,8 +453,8 @@ def write_back(
         )
     header, size = kept["header"].read().numpy().tobytes(), int(layout["size"])
     path.write_bytes(header)
-    write_tensors(path, 0, [], size)
-    changed = with_chat_template(header, gguf_package().GGUFReader(path), chat_template)
+    write_tensors(path, 0, [], size)  # GGUFReader wants a file of the whole length
+    changed = with_format(header, gguf_package().GGUFReader(path), tokenizer)
     path.write_bytes(changed)
     readers = {name: stored.read for name, stored in kept.items()}
     for name, layer in quantized_layers(model).items():

@@ -16,6 +16,7 @@ from text.tokenizer import JSON, MODEL, Tokenizer, make_tokenizer
 from text.vocabulary import CONTROL, NORMAL, UNKNOWN, UNUSED, padding_name
 
 PREFIX = "tokenizer.ggml."
+TEMPLATE = "tokenizer.chat_template"
 # Some of the tokens that end a text or a turn for llama.cpp, whatever a file says of their kind
 # (llama-vocab.cpp)
 ENDS = (
@@ -111,8 +112,8 @@ def rules(found: dict, pieces: list[str], special: dict[str, int | None]) -> dic
         config["bos_token"] = pieces[special["bos"]]
     adds_bos = found["model"] == "llama" or found.get("pre") == "llama-bpe"  # by default
     config["add_bos_token"] = bool(found.get("add_bos_token", adds_bos))
-    if "tokenizer.chat_template" in found:
-        config["chat_template"] = found["tokenizer.chat_template"]
+    if TEMPLATE in found:
+        config["chat_template"] = found[TEMPLATE]
     return {
         "tokenizer_config.json": json.dumps(config, indent=1).encode(),
         "generation_config.json": json.dumps({"eos_token_id": list(stops)}, indent=1).encode(),
@@ -177,26 +178,41 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def with_chat_template(header: bytes, reader: Any, template: str | None) -> bytes:
-    """A GGUF file's header (all before the tensors' data) with another chat template.
+def with_format(header: bytes, reader: Any, tokenizer: Tokenizer) -> bytes:
+    """A GGUF file's header (all before the tensors' data) with the tokenizer's chat template.
 
-    reader: a GGUFReader of it. The header stays as it is where the template is already that, or
-    None.
+    And with the end of its turn, where llama.cpp would not know it. reader: a GGUFReader of a file
+    that begins with `header`, which stays as it is where all that is there already.
     """
-    key = "tokenizer.chat_template"
-    field = reader.fields.get(key)
-    if template is None or (field and field.contents() == template):
-        return header
-    name, text = key.encode(), template.encode()
-    entry = struct.pack("<Q", len(name)) + name + struct.pack("<IQ", 8, len(text)) + text  # 8: text
+    found = {key: field.contents() for key, field in reader.fields.items()}
+    changes, template = {}, tokenizer.chat_template
+    if template is not None and found.get(TEMPLATE) != template:
+        text = template.encode()
+        changes[TEMPLATE] = struct.pack("<IQ", 8, len(text)) + text  # 8: a string
+    known = {found.get(f"{PREFIX}{name}_token_id") for name in ("eos", "eot", "eom")}
+    for i in tokenizer.stops:
+        if i not in known and tokenizer.vocabulary.pieces[i] not in ENDS:
+            changes[f"{PREFIX}eot_token_id"] = struct.pack("<II", 4, i)  # 4: an unsigned integer
+    return with_metadata(header, reader, changes) if changes else header
+
+
+def with_metadata(header: bytes, reader: Any, changes: dict[str, bytes]) -> bytes:
+    """The header with other metadata: {key: type and value in bytes}."""
     last = reader.tensors[-1].field
-    end = last.offset + sum(part.nbytes for part in last.parts)
-    start = field.offset if field else reader.tensors[0].field.offset
-    after = start + sum(part.nbytes for part in field.parts) if field else start
-    changed = header[:start] + entry + header[after:end]
-    if not field:
-        (count,) = struct.unpack_from("<Q", header, 16)  # after magic, version, tensors
-        changed = changed[:16] + struct.pack("<Q", count + 1) + changed[24:]
+    changed, added = header[: last.offset + sum(part.nbytes for part in last.parts)], 0
+    places = {}
+    for key in changes:
+        field = reader.fields.get(key)
+        added += field is None
+        place = reader.tensors[0].field if field is None else field
+        size = 0 if field is None else sum(part.nbytes for part in field.parts)
+        places[key] = int(place.offset), size
+    for key, (start, size) in sorted(places.items(), key=lambda item: -item[1][0]):
+        name = key.encode()
+        entry = struct.pack("<Q", len(name)) + name + changes[key]
+        changed = changed[:start] + entry + changed[start + size :]
+    (count,) = struct.unpack_from("<Q", header, 16)  # after magic, version and number of tensors
+    changed = changed[:16] + struct.pack("<Q", count + added) + changed[24:]
     return changed + bytes(-len(changed) % int(reader.alignment))
 
 

@@ -28,6 +28,9 @@ gguf = pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
 Type = gguf.GGMLQuantizationType
 
 
+TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+
+
 class FromFile:
     """What a GGUF file says, by the gguf package's reader and its `dequantize`."""
 
@@ -202,7 +205,7 @@ def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
         "tokenizer.ggml.token_type": (kinds, V.ARRAY),
         "tokenizer.ggml.bos_token_id": (1, U),
         "tokenizer.ggml.eos_token_id": (2, U),
-        "tokenizer.chat_template": ("{{ messages }}", V.STRING),
+        "tokenizer.chat_template": (TEMPLATE, V.STRING),
     }
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         metadata |= {f"llama.attention.{k}_length": (config.head_dim, U) for k in ("key", "value")}

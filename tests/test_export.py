@@ -13,6 +13,7 @@ import torch
 from fixtures_gguf import CONFIG, LINEAR, LLAMA3, TEXTS, TIED, WIDE_HEADS
 from helpers_gguf import (
     MANY_TOKENS,
+    TEMPLATE,
     TOKENS,
     FromFile,
     Type,
@@ -279,7 +280,7 @@ def test_the_type_of_embeddings_that_came_from_a_file_cannot_be_chosen(tmp_path,
         export.export(folder, tmp_path / "out.gguf", "f16")
 
 
-@pytest.mark.parametrize("template", ["x", "é{{ messages }}" * 40, "{{ messages }}", None])
+@pytest.mark.parametrize("template", ["x", "é{{ messages }}" * 40, TEMPLATE, None])
 @pytest.mark.parametrize("had_one", [True, False])
 def test_the_chat_template_of_a_run_takes_the_place_of_the_files_own_and_nothing_else_changes(
     tmp_path, tokenizer_file, template, had_one
@@ -299,8 +300,28 @@ def test_the_chat_template_of_a_run_takes_the_place_of_the_files_own_and_nothing
         before.metadata["tokenizer.chat_template"] = template
         before.metadata["GGUF.kv_count"] += not had_one
     assert after.metadata == before.metadata and after.raw == before.raw
-    if template in ("{{ messages }}" if had_one else None, None):
+    if template in (TEMPLATE if had_one else None, None):
         assert (tmp_path / "out.gguf").read_bytes() == file.read_bytes()
+
+
+def test_the_end_of_a_turn_that_llama_cpp_does_not_know_goes_into_the_file_too(
+    tmp_path, tokenizer_file
+):
+    file, folder = tmp_path / "in.gguf", tmp_path / "base"
+    tokenizer = load_tokenizer(tokenizer_file)
+    quantize_file(file, CONFIG, tokenizer)
+    imported(file, tokenizer_file, folder)
+    added = {"299": {"content": "<|mine|>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    source = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|mine|>' }}{% endfor %}"
+    source += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    load_tokenizer(folder).with_template(source).save(folder)
+    assert load_tokenizer(folder).stops == (2, 299)
+    export.export(folder, tmp_path / "out.gguf")
+    before, after = FromFile(file), FromFile(tmp_path / "out.gguf")
+    before.metadata |= {"tokenizer.chat_template": source, "tokenizer.ggml.eot_token_id": 299}
+    before.metadata["GGUF.kv_count"] += 1
+    assert after.metadata == before.metadata and after.raw == before.raw
 
 
 def test_what_was_kept_of_a_file_and_is_damaged_since_is_refused(tmp_path, tokenizer_file):

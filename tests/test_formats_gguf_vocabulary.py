@@ -8,7 +8,7 @@ import sys
 import pytest
 from fixtures_gguf import CONFIG, TEXTS, float_model
 from helpers import TEXTS as ANY_TEXTS
-from helpers_gguf import FromFile, gguf, quantize_file
+from helpers_gguf import TEMPLATE, FromFile, gguf, quantize_file
 from hypothesis import given
 
 import evals
@@ -230,7 +230,7 @@ def byte_level_folder(request, tmp_path_factory, learned):
     folder = tmp_path_factory.mktemp("byte-level")
     save_quantized(quantize_model(float_model(BYTE_LEVEL), 4, 32), folder)
     (folder / JSON).write_bytes(byte_level.make_json(*learned, request.param, bos=0))
-    config = {"eos_token": "<|end|>", "chat_template": "{{ messages }}"}
+    config = {"eos_token": "<|end|>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder, request.param
 
@@ -255,7 +255,7 @@ def test_a_byte_level_vocabulary_goes_into_a_file_and_comes_back(
         "add_eos_token": False,
     }
     assert {key: metadata.get(f"tokenizer.ggml.{key}") for key in expected} == expected
-    assert metadata["tokenizer.chat_template"] == "{{ messages }}"
+    assert metadata["tokenizer.chat_template"] == TEMPLATE
     own, again = load_tokenizer(folder), formats.load_tokenizer(tmp_path / "m.gguf")
     for text in (*TEXTS, "I'LL say  12345 <|tool|> (x+=1)\n\n  <|end|>"):
         assert again.encode_prompt(text) == own.encode_prompt(text)
