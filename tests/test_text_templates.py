@@ -382,6 +382,12 @@ def test_a_control_token_inside_anothers_name_stays_text_too():
     assert "".join(part.text for part in parts) == "<|a|>b|a|><s><|a|><|a|>b<s>"
 
 
+def test_a_control_token_of_a_single_character_is_never_made_of_a_text():
+    source = "{% for m in messages %}{{ m.content + '<s>' }}{% endfor %}"
+    parts = Template(source, {"<s>": 1, ">": 2}, "", "<s>").parts(exchange(">", ">"))
+    assert [part.control for part in parts] == [None, 1, None, 1]
+
+
 def test_the_longest_control_token_is_found():
     template = Template("<s>{{ messages[-1].content }}<s>>", {"<s>": 1, "<s>>": 2}, "", "<s>")
     assert [part.control for part in template.asking([Turn("user", "a")])] == [1, None, 2]

@@ -157,7 +157,7 @@ class Template:
         for i, (start, end) in enumerate(itertools.pairwise(edges)):
             learned = i % 2 == 1
             for piece in self.split_at_controls(text[start:end]):
-                control = self.controls.get(piece)
+                control = self.controls[piece] if self.pattern.fullmatch(piece) else None
                 follows_text = bool(parts) and parts[-1].control is None and control is None
                 parts.append(Part(piece.replace(mark, ""), control, follows_text, learned))
             if learned and parts[-1].control is None:
