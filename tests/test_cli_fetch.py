@@ -446,6 +446,26 @@ def test_a_run_from_nothing_fetches_trains_and_merges(hub, world, tmp_path, monk
     assert not hub.asked
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--data", "bad.jsonl"], "bad.jsonl, line 1 (record 1): its fields"),
+        (["--data", "org/nowhere"], "there is no dataset org/nowhere"),
+        (["--data", "good.jsonl", "--template", "bad.jinja"], "is not valid"),
+        (["--data", "good.jsonl", "--model", "7b", "--group-size", "48"], "group size 48 does not"),
+    ],
+)
+def test_what_is_wrong_is_found_before_weights_are_fetched(hub, tmp_path, words, said):
+    (tmp_path / "bad.jsonl").write_text("{}")
+    (tmp_path / "good.jsonl").write_text(json.dumps(RECORDS[0]))
+    (tmp_path / "bad.jinja").write_text("{% for %}")
+    place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
+    words = ["train.py", "--weights", "org/tiny", *words]
+    _, error = command(*words, status=2, cwd=tmp_path, environment=place)
+    assert said in error and error.count("\n") == 1, error
+    assert not hub.sent()
+
+
 def test_a_size_alone_fetches_its_weights_and_alpaca(hub, world, tmp_path):
     write_config(CONFIGS["smollm2-135m"], tmp_path)
     files = {"config.json": (tmp_path / "config.json").read_bytes(), "model.safetensors": b"?"}
