@@ -5,8 +5,9 @@ import shutil
 
 import jinja2
 import pytest
+from helpers_docs import run_here
 from helpers_gguf import FromFile
-from helpers_runs import RECORDS, command, options, run
+from helpers_runs import RECORDS, options, run
 
 import formats
 from text.batches import encode, encode_asking
@@ -75,7 +76,7 @@ def test_the_examples_are_in_the_format_of_the_run(runs, chat):
 
 @pytest.mark.parametrize("which", ["own", "alpaca", "other", "base"])
 def test_a_run_and_what_is_merged_or_exported_from_it_ask_as_it_was_trained(
-    runs, tmp_path, which, chat
+    runs, tmp_path, monkeypatch, which
 ):
     folder, _ = runs[which]
     tokenizer = formats.load_tokenizer(folder)
@@ -88,17 +89,18 @@ def test_a_run_and_what_is_merged_or_exported_from_it_ask_as_it_was_trained(
     (example,), _ = encode([(ASKED, Turn("assistant", "4"))], tokenizer, 1000)
     asked = encode_asking([ASKED], tokenizer)
     assert example.tokens[~example.learned].tolist() == asked
-    command("merge.py", folder, "--out", tmp_path / "merged")
+    run_here(["python", "merge.py", str(folder), "--out", str(tmp_path / "merged")], monkeypatch)
     assert (tmp_path / "merged" / CHAT_TEMPLATE).read_text() == template_of(folder)
     assert encode_asking([ASKED], formats.load_tokenizer(tmp_path / "merged")) == asked
-    command("export.py", folder, "--out", tmp_path / "model.gguf")
-    metadata = FromFile(tmp_path / "model.gguf").metadata
+    file = str(tmp_path / "model.gguf")
+    run_here(["python", "export.py", str(folder), "--out", file], monkeypatch)
+    metadata = FromFile(file).metadata
     client = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     client = client.from_string(metadata["tokenizer.chat_template"])
     messages = [{"role": "user", "content": ASKED.text}]
     names = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
     assert client.render(messages=messages, **names) == expected
-    assert encode_asking([ASKED], formats.load_tokenizer(tmp_path / "model.gguf")) == asked
+    assert encode_asking([ASKED], formats.load_tokenizer(file)) == asked
 
 
 def test_a_template_for_plain_text_is_refused(chat, tmp_path):
