@@ -3,7 +3,7 @@
     python sample.py FOLDER --prompt "Once upon a time"
     python sample.py FOLDER --instruction "Name three primary colours." --temperature 0.7 --seed 1
     python sample.py FOLDER --instruction "Translate into French." --input "The cat sleeps."
-    python sample.py FOLDER --chat                        one turn after another, until Ctrl-D
+    python sample.py FOLDER --chat --system "Be brief."   one turn after another, until Ctrl-D
     python -m pytest tests/test_sample.py
 
 FOLDER is a model folder (float, quantized, merged), a run of train.py, or a Q4_1 .gguf file.
@@ -123,11 +123,13 @@ def chat(
     tokenizer: Tokenizer,
     questions: Iterable[str],
     write: Callable[[str], None],
+    system: Sequence[Turn] = (),
     max_new_tokens: int = 256,
     **options,
 ) -> None:
     """Answers one question after another, each with all that was said before it.
 
+    system: what comes before the first question, one turn or none.
     When less than half the context (or than `max_new_tokens`, if that is less) would be left for an
     answer, the first question and its answer are forgotten. Of a question that fills the context
     alone only the error is printed.
@@ -136,10 +138,11 @@ def chat(
     for question in questions:
         turns.append(Turn("user", question))
         room = limit - min(max_new_tokens, limit // 2)
-        while len(turns) > 1 and len(encode_asking(turns, tokenizer)) > room:
+        while len(turns) > 1 and len(encode_asking([*system, *turns], tokenizer)) > room:
             del turns[:2]
+        so_far = [*system, *turns]
         try:
-            said = answer(model, tokenizer, turns, write, max_new_tokens=max_new_tokens, **options)
+            said = answer(model, tokenizer, so_far, write, max_new_tokens=max_new_tokens, **options)
         except UserError as e:  # the question alone is too long
             print(f"error: {e}", file=sys.stderr)
             turns.clear()
@@ -184,6 +187,7 @@ def read_options() -> argparse.Namespace:
     what.add_argument("--instruction", help="what to do, asked as the model was trained")
     what.add_argument("--chat", action="store_true", help="answer what is typed, turn by turn")
     add("--input", default="", help="what --instruction is about")
+    add("--system", help="a system message, before --instruction or --chat")
     add("--max-new-tokens", type=int, default=256, help="default 256")
     add("--temperature", type=float, default=0.0, help="0, the default: the likeliest token")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share")
@@ -192,6 +196,8 @@ def read_options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.input and args.instruction is None:
         parser.error("--input belongs to --instruction")
+    if args.system and args.prompt is not None:
+        parser.error("--system belongs to --instruction and --chat")
     if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error(
             "--max-new-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at "
@@ -199,7 +205,7 @@ def read_options() -> argparse.Namespace:
         )
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed} is not between 0 and 2**63")
-    check_utf8(f"{args.prompt or ''}{args.instruction or ''}{args.input}")
+    check_utf8(f"{args.prompt or ''}{args.instruction or ''}{args.input}{args.system or ''}")
     return args
 
 
@@ -214,13 +220,14 @@ def main() -> None:
         "top_p": args.top_p,
         "seed": args.seed,
     }
+    system = [Turn("system", args.system)] if args.system else []
     if args.chat:
-        chat(model, tokenizer, typed_questions(), write_stdout, **options)
+        chat(model, tokenizer, typed_questions(), write_stdout, system, **options)
         return
     if args.prompt is not None:
         continue_text(model, tokenizer, args.prompt, write_stdout, **options)
     else:
-        turns = [Turn("user", args.instruction, args.input)]
+        turns = [*system, Turn("user", args.instruction, args.input)]
         answer(model, tokenizer, turns, write_stdout, **options)
     print()
 

@@ -324,6 +324,30 @@ def test_a_chat_that_outgrows_the_context_forgets_its_first_turns_but_never_the_
     assert forgotten > 2 and seen[-1][-1] == questions[-1] and len(seen[-1]) > 3
 
 
+def test_a_system_message_stays_when_the_first_turns_are_forgotten(tokenizer):
+    system = [Turn("system", "Be brief.")]
+    questions = [f"Once {'upon ' * i}?" for i in range(20)]
+    _, seen = chatted(peaked_llama(CHAT), tokenizer, questions, system=system, max_new_tokens=20)
+    assert {turns[0] for turns in seen} == {"Be brief."} and {turns[1] for turns in seen} > {
+        questions[0],
+        questions[1],
+    }
+    assert seen[-1][-1] == questions[-1]
+
+
+def test_the_command_puts_a_system_message_before_the_question(
+    tokenizer, tmp_path, monkeypatch, capsys
+):
+    folder = make_folder("float", tmp_path / "model", tokenizer, CHAT)
+    said = []
+    for how in (["--instruction", "Play."], ["--chat"]):
+        for system in ([], ["--system", "Once upon a park."]):
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Play."))
+            words = [folder, *how, *system, "--max-new-tokens", 9]
+            said.append(run_in_process(monkeypatch, capsys, sample.main, *words)[1])
+    assert said[0] == said[2] != said[1] == said[3]
+
+
 def test_a_question_that_fills_the_context_alone_is_said_to_and_the_chat_goes_on(tokenizer, capsys):
     questions = ["Once?", "upon " * 800, "A time?"]
     text, seen = chatted(peaked_llama(CHAT), tokenizer, questions, max_new_tokens=5)
@@ -359,6 +383,7 @@ def test_a_chat_reads_lines_until_its_input_ends_and_passes_over_empty_ones(
         ([], "--prompt"),
         (["--prompt", "a", "--instruction", "b"], "not allowed with"),
         (["--prompt", "a", "--input", "b"], "--input belongs to --instruction"),
+        (["--prompt", "a", "--system", "b"], "--system belongs to"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature at least 0"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature at least 0"),
         (["--prompt", "a", "--temperature", "inf"], "--temperature"),
