@@ -124,6 +124,18 @@ def test_tokens_are_those_of_cutting_and_merging_by_hand(
     assert tokenizer.encode(text) == expected
 
 
+def test_what_stands_beside_a_byte_that_the_vocabulary_lacks_is_not_merged_over_it():
+    """As in llama.cpp, which leaves such a byte out after merging."""
+    pieces = ["<|end|>", "a", "b", "Ġ", "ab", "Ġa"]  # all other bytes are missing
+    kinds, merges = [CONTROL] + [NORMAL] * 5, [("a", "b"), ("Ġ", "a")]
+    config = b'{"eos_token": "<|end|>"}'
+    for words in ("gpt-2", "smollm", "default"):
+        content = byte_level.make_json(pieces, kinds, merges, words, bos=None)
+        found = make_tokenizer({JSON: content, "tokenizer_config.json": config}, "tokenizer.json")
+        assert found.encode("ab ab") == [4, 3, 4]
+        assert found.encode("axb a\x00b\u6f22ab") == [1, 2, 5, 2, 4]
+
+
 @given(TEXTS)
 def test_every_text_survives_and_none_becomes_a_control_token(tokenizer, text):
     tokens = tokenizer.encode(text)

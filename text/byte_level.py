@@ -11,6 +11,7 @@ import base64
 import json
 import pathlib
 import re
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -158,7 +159,7 @@ def make_json(
     except Exception as e:  # the package raises Exception itself
         raise UserError(f"a merge names an unknown piece ({' '.join(str(e).split())})") from None
     tokenizer = package.Tokenizer(model)
-    tokenizer.pre_tokenizer = cutter(words)
+    tokenizer.pre_tokenizer = cutter(words, [c for c in byte_characters() if c not in ids])
     tokenizer.decoder = package.decoders.ByteLevel()
     for kind, add in (
         (CONTROL, tokenizer.add_special_tokens),
@@ -173,13 +174,20 @@ def make_json(
     return tokenizer.to_str(pretty=True).encode()
 
 
-def cutter(words: str) -> Any:
-    """The pre-tokenizer that cuts a text into words as WORDS[words] says."""
+def cutter(words: str, missing: Sequence[str] = ()) -> Any:
+    """The pre-tokenizer that cuts a text into words as WORDS[words] says.
+
+    missing: characters of bytes that the vocabulary lacks. They are left out, and what stands on
+    either side of one is not merged, as in llama.cpp; by itself the package would merge it.
+    """
     package = tokenizers_package()
     steps = []
     for expression in WORDS[words]:
         steps.append(package.pre_tokenizers.Split(package.Regex(expression), "isolated"))
     steps.append(package.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    if missing:
+        pattern = "|".join(map(re.escape, missing))
+        steps.append(package.pre_tokenizers.Split(package.Regex(pattern), "removed"))
     return package.pre_tokenizers.Sequence(steps)
 
 
