@@ -17,11 +17,12 @@ from text.batches import (
     calibration_windows,
     collate,
     encode,
+    example_of,
     token_stream,
     windows,
 )
 from text.instructions import Turn
-from text.templates import alpaca_prompt
+from text.templates import Part, alpaca_prompt
 
 
 @given(st.lists(st.tuples(TEXTS, ANSWERS), max_size=6), st.integers(40, 120))
@@ -49,6 +50,12 @@ def test_of_a_plain_text_all_but_bos_is_learned(toy_tokenizer, texts, max_length
     records = [(Turn("text", text),) for text in texts]
     examples, _ = encode(records, toy_tokenizer, max_length)
     assert [(e.tokens.tolist(), e.learned.tolist()) for e in examples] == expected
+
+
+def test_the_first_token_is_never_learned_as_nothing_comes_before_it():
+    for encoded, learned in (([[5, 6]], [False, True]), ([[], [5]], [False]), ([[]], [])):
+        parts = [Part("", None, False, True)] * len(encoded)
+        assert example_of(parts, encoded).learned.tolist() == learned
 
 
 def test_many_records_keep_their_order(toy_tokenizer):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from helpers import exchange
-from helpers_text import TEXTS, conversations
+from helpers_text import SOMETHING, TEXTS, conversations
 from hypothesis import example, given
 
 from cli.errors import UserError
@@ -403,6 +403,20 @@ def test_an_answer_without_a_control_token_at_its_end_ends_with_eos_each_time(to
     parts += [("\nuser: c\nassistant:", False), ("d", True), (["</s>"], True)]
     assert (tokens, learned) == by_hand(tokenizer, parts)
     assert encode_asking(record[:3], tokenizer) == tokens[: len(tokens) - 2]
+
+
+@given(answer=SOMETHING)
+@example(answer="Hi")
+@example(answer=" Hi")
+@example(answer="\n\nHi")
+def test_sentencepiece_puts_no_space_before_an_answer_that_follows_a_line_break(
+    toy_tokenizer, answer
+):
+    source = "{% for m in messages %}{{ m.role + ':\n' + m.content + eos_token }}{% endfor %}"
+    source += "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+    tokens, _ = learned_by(toy_tokenizer.with_template(source), exchange("a", answer))
+    whole = toy_tokenizer.encode(f"assistant:\n{answer}")  # a line break merges with nothing here
+    assert tokens == [*toy_tokenizer.encode("user:\na"), 2, *whole, 2]
 
 
 def test_a_control_token_before_the_words_does_not_end_an_answer(byte_tokenizer):
