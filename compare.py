@@ -179,9 +179,9 @@ def run(study: Study, job: Job, rates: dict[str, float] | None) -> list[dict]:
     world = make_world(job.seed, study.people)
     tokenizer, model = load_tokenizer(folder), load_pretrained(folder)
     records = split(world)[0]
-    texts = toy_calibration(world._replace(train=records))
+    shown = toy_calibration(world._replace(train=records))
     context = model.config.max_position_embeddings
-    calibration = calibration_windows(texts, tokenizer, context, CALIBRATION_TOKENS)
+    calibration = calibration_windows(shown, tokenizer, context, CALIBRATION_TOKENS)
     if job.method == "QLoRA":
         quantize_model_nf4(model)
     if job.method == "QA-LoRA":

@@ -30,7 +30,7 @@ from text.batches import encode_asking
 from text.instructions import Turn
 from text.tokenizer import Tokenizer
 
-NOT_UTF8 = UserError("the prompt is not UTF-8; type it in a terminal that is set to UTF-8")
+NOT_UTF8 = "the prompt is not UTF-8; type it in a terminal that is set to UTF-8"
 
 
 def text_stream(decode: Callable[[list[int]], str], write: Callable[[str], None]) -> Callable:
@@ -159,7 +159,7 @@ def typed_questions() -> Iterator[str]:
         except EOFError:
             return
         except UnicodeDecodeError:
-            raise NOT_UTF8 from None
+            raise UserError(NOT_UTF8) from None
         check_utf8(question)
         if question.strip():
             yield question
@@ -168,7 +168,7 @@ def typed_questions() -> Iterator[str]:
 def check_utf8(text: str) -> None:
     """Raises UserError for a text that came from bytes that are not UTF-8."""
     if any("\ud800" <= c <= "\udfff" for c in text):  # Python's form of them
-        raise NOT_UTF8
+        raise UserError(NOT_UTF8)
 
 
 def write_stdout(text: str) -> None:

@@ -52,6 +52,10 @@ FORMS = {  # the fields that a form needs; a record has the first form whose fie
     "Guanaco": ("text",),
 }
 INPUTS = {"Alpaca": "input", "Dolly": "context"}  # the field of the input, which may be missing
+MESSAGES = {  # the fields of a turn: who speaks, and what is said
+    "messages": ("role", "content"),
+    "conversations": ("from", "value"),
+}
 # The fields of the system's turn, which may be missing
 SYSTEMS = {
     "Alpaca": ("system",),
@@ -180,12 +184,8 @@ def _layout(text):
 
 def _record_of(value, form):
     """The conversation in one value of a file; None if it has no answer."""
-    if form == "messages":
-        said = _system(value, form) + _messages(value["messages"], "role", "content")
-        return _conversation(said)
-    if form == "conversations":
-        said = _system(value, form) + _messages(value["conversations"], "from", "value")
-        return _conversation(said)
+    if form in MESSAGES:
+        return _conversation(_system(value, form) + _messages(value[form], *MESSAGES[form]))
     if form in MARKERS:
         return _conversation(_messages_in_text(_optional(value, "text"), MARKERS[form]))
     if form == "text":
@@ -200,14 +200,14 @@ def _record_of(value, form):
         answer = answer.removesuffix(GPT3_END).removeprefix(" ")
     if not answer.strip():
         return None
-    before = [Turn(*said) for said in _system(value, form) if said[1].strip()]
+    before = [Turn(*said) for said in _system(value, form)]
     return *before, question, Turn("assistant", answer)
 
 
 def _system(value, form):
     """[("system", text)] of the fields beside a conversation that hold it."""
     texts = [_optional(value, field) for field in SYSTEMS.get(form, ())]
-    return [("system", text) for text in texts if text]
+    return [("system", text) for text in texts if text.strip()]
 
 
 def _conversation(said):

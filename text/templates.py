@@ -81,7 +81,7 @@ class Template:
         try:
             return environment().from_string(self.source)
         except Exception as e:
-            raise self.error(f"is not valid ({self.reason(e)})") from None
+            raise self.error(f"is not valid ({in_one_line(e)})") from None
 
     @functools.cached_property
     def pattern(self) -> re.Pattern:
@@ -156,21 +156,23 @@ class Template:
         edges = [0, *cuts, len(text)]
         for i, (start, end) in enumerate(itertools.pairwise(edges)):
             learned = i % 2 == 1
-            for piece in self.split_at_controls(text[start:end]):
-                control = self.controls[piece] if self.pattern.fullmatch(piece) else None
+            for piece, control in self.split_at_controls(text[start:end]):
                 follows_text = bool(parts) and parts[-1].control is None and control is None
                 parts.append(Part(piece.replace(mark, ""), control, follows_text, learned))
             if learned and parts[-1].control is None:
                 parts.append(Part(self.eos, self.controls[self.eos], False, True))
         return parts
 
-    def split_at_controls(self, text: str) -> Iterator[str]:
-        """Texts and control tokens in turn, none empty."""
+    def split_at_controls(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """(text, None) and (control token's name, its id) in turn; no text is empty."""
         start = 0
         for found in self.pattern.finditer(text):
-            yield from filter(None, (text[start : found.start()], found[0]))
+            if start < found.start():
+                yield text[start : found.start()], None
+            yield found[0], self.controls[found[0]]
             start = found.end()
-        yield from filter(None, (text[start:],))
+        if start < len(text):
+            yield text[start:], None
 
     def render(self, turns: Sequence[Turn], mark: str, asks: bool = False) -> str:
         """What the template makes of a conversation, whose own control tokens `mark` breaks up.
@@ -205,7 +207,7 @@ class Template:
         except UserError:
             raise
         except Exception as e:
-            raise self.error(f"fails on {beginning(turns)} ({self.reason(e)})") from None
+            raise self.error(f"fails on {beginning(turns)} ({in_one_line(e)})") from None
 
     def error(self, what: str) -> UserError:
         """The error of a template that does not work."""
@@ -214,9 +216,10 @@ class Template:
             "with train.py --template, such as alpaca"
         )
 
-    def reason(self, error: Exception) -> str:
-        """An exception in one line."""
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+def in_one_line(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def beginning(turns: Sequence[Turn]) -> str:
