@@ -65,13 +65,18 @@ def add_adapters(
 ) -> nn.Module:
     """Freezes `model` and adapts its linear layers named in `targets`, in place; returns the model.
 
-    A QuantLinear becomes a QALoRALinear, a float or NF4 linear a LoRALinear, the baseline. Raises
-    UserError as `check_targets` does.
+    A QuantLinear becomes a QALoRALinear, and where a model has some, its other layers stay frozen.
+    Where it has none, a float or NF4 linear becomes a LoRALinear, the baseline. Raises UserError as
+    `check_targets` does, and where no layer can be adapted.
     """
     check_targets(targets)
     model.requires_grad_(False)
-    for path, layer in linears(model, targets):
-        adapted = QALoRALinear if isinstance(layer, QuantLinear) else LoRALinear
+    in_groups = any(isinstance(layer, QuantLinear) for _, layer in linears(model))
+    kind, adapted = (QuantLinear, QALoRALinear) if in_groups else (nn.Module, LoRALinear)
+    found = [(path, layer) for path, layer in linears(model, targets) if isinstance(layer, kind)]
+    if not found:
+        raise UserError(f"--targets {','.join(targets)}: none of them is quantized in groups here")
+    for path, layer in found:
         model.set_submodule(path, adapted(layer, rank, alpha))
     return model
 

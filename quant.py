@@ -87,7 +87,7 @@ class Quantized(NamedTuple):
     """w[o, i] is about scale[o, k] * codes[o, i] + offset[o, k]; k is the group of input i."""
 
     codes: Tensor  # [O, I] uint8
-    scale: Tensor  # [O, G] float16
+    scale: Tensor  # [O, G] float16; float32 where an imported file has finer ones
     offset: Tensor  # [O, G] float32
 
 
@@ -348,8 +348,8 @@ def dense(
 def quant_matmul(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
     """y = x @ (scale * codes + offset)^T for a packed weight, differentiable in x and offset.
 
-    x: [..., I] float; packed: [O, packed_width(I, bits)] uint8; scale: [O, G] float16; offset:
-    [O, G] float32; result [..., O] in x's dtype. The weight is dequantized in float32, rounded once
+    x: [..., I] float; packed: [O, packed_width(I, bits)] uint8; scale and offset: [O, G] float16
+    or float32; result [..., O] in x's dtype. The weight is dequantized in float32, rounded once
     to x's dtype and multiplied, so y is as exact as that of a dense layer of that dtype. A change
     of the offset far below bfloat16's steps still shows, in the mean over a group of unequal codes.
     """
@@ -402,7 +402,8 @@ class QuantMatmul(torch.autograd.Function):
 class QuantLinear(nn.Module):
     """A linear layer without bias whose weight [O, I] is packed. `QALoRALinear` makes it trainable.
 
-    Buffers: packed [O, packed_width(I, bits)] uint8, scale [O, G] float16, offset [O, G] float32.
+    Buffers: packed [O, packed_width(I, bits)] uint8, scale [O, G] float16 (or float32, see
+    `Quantized`), offset [O, G] float32.
     """
 
     def __init__(self, in_features: int, out_features: int, bits: int, group_size: int):

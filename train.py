@@ -27,7 +27,7 @@ import formats
 from cli import base, machine, report, runs
 from cli.data import digest, in_format, make_examples
 from cli.errors import UserError, run_command
-from cli.measure import bits_per_weight
+from cli.measure import weights_in_words
 from cli.settings import Settings, read_settings, save_settings
 from formats.adapter import save_adapter
 from qalora import adapter_parameters, add_adapters
@@ -126,12 +126,12 @@ def run(settings: Settings) -> None:
     template = None if data.form == "text" else tokenizer.template.source
     del data
     model.model.checkpointing = bool(settings.checkpointing)
-    bits = bits_per_weight(model)
+    weights = weights_in_words(model)
     torch.manual_seed(seed)
     add_adapters(model, settings.rank, settings.alpha, settings.targets.split(","))
     if is_first:
         count = sum(p.numel() for p in adapter_parameters(model).values())
-        print(f"fine-tuning {count:,} parameters beside {bits:.2f} bits a weight, ", end="")
+        print(f"fine-tuning {count:,} parameters beside {weights}, ", end="")
         print(f"on {len(train)} examples")
     identity = {"base": formats.fingerprint(out / "base"), "examples": digest(train + held_out)}
     train_adapters(settings, model, train, held_out, identity)

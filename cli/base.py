@@ -313,17 +313,18 @@ def check_room(settings: Settings, base_is_made: bool) -> None:
 def base_bytes(settings: Settings, model: Llama) -> float:
     """About how large base/ becomes."""
     source = source_of(settings.weights)
-    if settings.weights and source.is_dir():
-        is_float = formats.quantization_of(source) is None
-        is_run = formats.format_of(source) is formats.run  # merged, its weights may be larger
-        if not is_float or (settings.method == "lora" and not is_run):
-            return sum(file.stat().st_size for file in formats.files(source))
+    kept = formats.quantization_of(source) if settings.weights else None
+    is_run = settings.weights and formats.format_of(source) is formats.run
+    if settings.weights and settings.method == "lora" and not is_run:  # merged, it may be larger
+        return sum(file.stat().st_size for file in formats.files(source))
     block_weights = sum(p.numel() for p in model.model.layers.parameters())
     other_weights = sum(p.numel() for p in model.parameters()) - block_weights
-    in_groups = settings.bits / 8 + 6 / settings.group_size  # a scale has 2 bytes, an offset 4
+    in_groups = settings.bits / 8 + 8 / settings.group_size  # a scale has 2 to 4 bytes, an offset 4
     bytes_per_weight = {"qalora": in_groups, "qlora": 4.127 / 8, "lora": 4}[settings.method]
-    copies = 2 if source.is_file() else 1  # a file's own embedding and head are stored as well
-    return block_weights * bytes_per_weight + 4 * copies * other_weights
+    frozen = [name for name, kind in (kept or {}).get("layers", {}).items() if kind is None]
+    frozen_weights = sum(model.get_submodule(name).weight.numel() for name in frozen)
+    copies = 2 if kept else 1  # an imported embedding is kept as it was, too
+    return block_weights * bytes_per_weight + 4 * copies * (other_weights + frozen_weights)
 
 
 def adapter_bytes(settings: Settings, model: Llama) -> int:

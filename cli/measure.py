@@ -151,6 +151,17 @@ def bits_per_weight(model: nn.Module) -> float:
     return 8 * held / weights
 
 
+def weights_in_words(model: nn.Module) -> str:
+    """How many bits a weight has, and what the float layers of a model in groups take."""
+    layers = [layer for _, layer in linears(model)]
+    floats = [layer for layer in layers if type(layer) is nn.Linear]
+    words = f"{bits_per_weight(model):.2f} bits a weight"
+    if floats and len(floats) < len(layers):
+        held = sum(layer.weight.nbytes for layer in floats) / 1e9
+        words += f" ({len(floats)} of {len(layers)} layers stay frozen in float, {held:.3g} GB)"
+    return words
+
+
 def peak_memory(run: Callable, device: str) -> int | None:
     """Bytes that `run()` needs at its peak, beyond what is held; None if that cannot be known."""
     gc.collect()

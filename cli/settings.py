@@ -369,10 +369,11 @@ def check(settings: Settings) -> None:
     """Raises UserError for settings that cannot work."""
     config = config_of(settings.weights)
     check_size(settings, config)
-    if settings.method == "qalora":
+    kept = formats.quantization_of(settings.weights) if settings.weights else None
+    if kept:
+        check_quantized_weights(settings, kept)
+    elif settings.method == "qalora":
         check_group_size(config, settings.group_size)
-    if settings.weights:
-        check_quantized_weights(settings)
     check_tokenizer(settings, config)
     check_writable(pathlib.Path(settings.out))
 
@@ -423,11 +424,8 @@ def check_size(settings: Settings, config: LlamaConfig) -> None:
         )
 
 
-def check_quantized_weights(settings: Settings) -> None:
+def check_quantized_weights(settings: Settings, kept: dict) -> None:
     """Raises UserError when weights that are quantized already contradict the settings."""
-    kept = formats.quantization_of(settings.weights)
-    if kept is None:
-        return
     if kept.get("quantizer") == "nf4":
         raise UserError(
             f"{settings.weights} is quantized to NF4, whose values have no offset to train; "

@@ -23,7 +23,8 @@ from cli.errors import UserError
 from cli.files import written_whole
 from llama import Llama, LlamaConfig
 
-GGUF_REST = "gguf.safetensors"  # all of a GGUF file but its linear layers, beside a base of it
+# What export.py writes back beside the layers in groups; kept beside a base of such a model
+GGUF_REST, MLX_REST = RESTS = ("gguf.safetensors", "mlx.safetensors")
 
 
 class Stored(NamedTuple):
@@ -256,8 +257,8 @@ def load_tensors(model: Llama, file: pathlib.Path, dtype: torch.dtype | None, de
     buffers = dict(model.named_buffers())
     wanted = {**dict(model.named_parameters()), **buffers}  # tied weights appear once
     for name in sorted(wanted.keys() | tensors.keys()):
-        expected = _kind(wanted.get(name), name in buffers)
-        found = _kind(tensors.get(name), name in buffers)
+        expected = _kind(wanted.get(name), name, name in buffers)
+        found = _kind(tensors.get(name), name, name in buffers)
         if expected != found:
             raise UserError(
                 f"{file}: {name} is {found or 'missing'} where {expected or 'no such tensor'} "
@@ -272,9 +273,11 @@ def load_tensors(model: Llama, file: pathlib.Path, dtype: torch.dtype | None, de
     return model.requires_grad_(False).to(device, dtype)
 
 
-def _kind(tensor, exact):
+def _kind(tensor, name, exact):
     """Shape and dtype; any float dtype will do where it need not be `exact`."""
     if tensor is None:
         return None
     dtype = "float" if tensor.is_floating_point() and not exact else tensor.dtype
+    if name.endswith(".scale") and dtype == torch.float32:
+        dtype = torch.float16  # finer than our own scales: from an imported file
     return (*tensor.shape, dtype)

@@ -39,7 +39,6 @@ PLAIN = {
     "partial_rotary_factor": [1, None],
     "original_max_position_embeddings": [None],  # transformers takes it before rope_scaling's
     "auto_map": [None],
-    "quantization_config": [None],
 }
 
 
@@ -59,12 +58,23 @@ def quantization_of(path: pathlib.Path) -> None:
 
 
 def read_config(path: pathlib.Path) -> LlamaConfig:
-    """The LlamaConfig in config.json.
-
-    Raises UserError for a broken file and for any field that asks for what is not computed here.
-    """
+    """The LlamaConfig in config.json; UserError as `config_of`, and for quantized weights."""
     file = path / "config.json"
     fields = read_json(file)
+    if fields.get("quantization_config") is not None:
+        method = json.dumps(fields["quantization_config"])[:60]
+        raise UserError(
+            f"{file}: quantization_config = {method} is not supported; float weights, GPTQ and MLX "
+            "are"
+        )
+    return config_of(file, fields)
+
+
+def config_of(file: pathlib.Path, fields: dict) -> LlamaConfig:
+    """The LlamaConfig of the fields in `file`, but for how the weights are quantized.
+
+    Raises UserError for any field that asks for what is not computed here.
+    """
     kind = fields.get("model_type")
     architectures = fields.get("architectures")
     if kind not in list(ARCHITECTURES) or architectures not in ARCHITECTURES[kind]:
@@ -133,7 +143,7 @@ def open_weights(path: pathlib.Path) -> tuple[LlamaConfig, dict[str, Callable[[]
     when it is read. UserError names file and tensor.
     """
     config = read_config(path)
-    file, found = _open_files(path)
+    file, found = open_folder(path)
     weights = {}
     for name, shape in parameter_shapes(config).items():
         if name not in found:
@@ -181,8 +191,11 @@ def read_float(stored: Stored) -> Tensor:
     return tensor
 
 
-def _open_files(folder):
-    """(file, tensors by name) of the one file, or of the index and all the files it lists."""
+def open_folder(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Stored]]:
+    """(file, tensors by name) of the one file, or of the index and all the files it lists.
+
+    Raises UserError where a file or a listed tensor is missing, or a tensor is there twice.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).exists():

@@ -1,12 +1,15 @@
 """This project's own folders of a quantized model: groups of codes, or NF4.
 
-config.json has Hugging Face's fields and a `quantization` entry with bits and group size;
+config.json has Hugging Face's fields and a `quantization` entry with bits and group size. Linear
+layers that have others are listed there, as are those that stayed float: what was imported may mix.
 model.safetensors has the packed codes, scales and offsets, and embedding, norms and head in float.
 """
 
+import collections
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +18,7 @@ from baselines import NF4Linear
 from cli.errors import UserError
 from cli.files import read_json, written_whole
 from formats import huggingface
-from formats.files import GGUF_REST, load_tensors, write_config
+from formats.files import RESTS, load_tensors, write_config
 from llama import Llama, LlamaConfig, linears
 from quant import QuantLinear, check_group_size
 
@@ -37,12 +40,21 @@ def quantization_of(path: pathlib.Path) -> dict:
         raise UserError(
             f"{file}: quantization = {json.dumps(quantization)} says nothing of bits and group size"
         )
-    bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    if bits not in (2, 3, 4) or type(bits) is not int or type(group_size) is not int:
+    layers = quantization.get("layers", {})
+    for kind in (quantization, *(layers.values() if isinstance(layers, dict) else [layers])):
+        check_kind(file, kind)
+    return quantization
+
+
+def check_kind(file: pathlib.Path, kind: Any) -> None:
+    """Raises UserError unless `kind` has the bits and the group size of a layer, or is None."""
+    fields = kind if isinstance(kind, dict) else {}
+    bits, group_size = fields.get("bits"), fields.get("group_size")
+    good_bits = bits in (2, 3, 4) and type(bits) is int
+    if kind is not None and not (good_bits and type(group_size) is int and group_size > 0):
         raise UserError(
             f"{file}: quantization to {bits} bits in groups of {group_size} is not supported"
         )
-    return quantization
 
 
 def skeleton(path: pathlib.Path) -> Llama:
@@ -50,18 +62,57 @@ def skeleton(path: pathlib.Path) -> Llama:
     config, quantization = read_config(path), quantization_of(path)
     if quantization.get("quantizer") == "nf4":
         return nf4_skeleton(config)
-    check_group_size(config, quantization["group_size"])
-    return quantized_skeleton(config, quantization["bits"], quantization["group_size"])
+    layers = quantization.get("layers", {})
+    if not layers:
+        check_group_size(config, quantization["group_size"])
+    try:
+        return quantized_skeleton(config, quantization["bits"], quantization["group_size"], layers)
+    except UserError as e:
+        raise UserError(f"{path / 'config.json'}: {e}") from None
 
 
-def quantized_skeleton(config: LlamaConfig, bits: int, group_size: int) -> Llama:
-    """A Llama on the meta device whose blocks have QuantLinears: shapes without memory."""
+def quantized_skeleton(
+    config: LlamaConfig, bits: int, group_size: int, layers: dict | None = None
+) -> Llama:
+    """A Llama on the meta device whose blocks have QuantLinears: shapes without memory.
+
+    layers: {name: {"bits": int, "group_size": int}} of those that have others, or None for a float
+    one. Raises UserError for a name that is no linear layer's, or groups that do not fit.
+    """
+    others = dict(layers or {})
     with torch.device("meta"):
         model = Llama(config)
         for path, layer in linears(model):
-            packed = QuantLinear(layer.in_features, layer.out_features, bits, group_size)
+            kind = others.pop(path, {"bits": bits, "group_size": group_size})
+            if kind is None:
+                continue
+            if layer.in_features % kind["group_size"]:
+                raise UserError(
+                    f"group size {kind['group_size']} does not divide the {layer.in_features} "
+                    f"inputs of {path}"
+                )
+            packed = QuantLinear(layer.in_features, layer.out_features, **kind)
             model.set_submodule(path, packed)
+    if others:
+        raise UserError(f"{next(iter(others))} is quantized, but the model has no such layer")
     return model
+
+
+def describe(model: Llama) -> dict:
+    """The `quantization` entry of a model: {"bits", "group_size"}, and "layers" where they vary."""
+    kinds = {}
+    for name, layer in linears(model):
+        kinds[name] = None
+        if hasattr(layer, "group_size"):
+            kinds[name] = layer.bits, layer.group_size
+    counts = collections.Counter(kind for kind in kinds.values() if kind)
+    usual = counts.most_common(1)[0][0]
+    entry = dict(zip(("bits", "group_size"), usual, strict=True))
+    others = {}
+    for name, kind in kinds.items():
+        if kind != usual:
+            others[name] = kind and dict(zip(entry, kind, strict=True))
+    return {**entry, "layers": others} if others else entry
 
 
 def nf4_skeleton(config: LlamaConfig) -> Llama:
@@ -111,19 +162,24 @@ def save_quantized(
     norms and head are stored in, when not as they are.
     """
     folder = pathlib.Path(folder)
-    layer = next(m for m in model.modules() if hasattr(m, "group_size"))
     tensors = {}
     for name, p in model.named_parameters():  # tied ones once
         tensors[name] = p.detach().to(dtype or p.dtype)
     tensors |= dict(model.named_buffers())
     with written_whole(folder / "model.safetensors") as beside:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, beside)
-    quantization = {"bits": layer.bits, "group_size": layer.group_size, **origin}
-    write_config(model.config, folder, {"quantization": quantization})
+    write_config(model.config, folder, {"quantization": {**describe(model), **origin}})
 
 
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Copies a model into `folder` to be fine-tuned, without its tokenizer."""
-    for name in ("model.safetensors", "config.json", GGUF_REST):  # the last if it has one
+    for name in ("model.safetensors", "config.json"):
+        shutil.copyfile(path / name, folder / name)
+    copy_rest(path, folder)
+
+
+def copy_rest(path: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copies what export.py writes back into the file that a model was made of, if it was."""
+    for name in RESTS:
         if (path / name).exists():
             shutil.copyfile(path / name, folder / name)

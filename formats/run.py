@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import shutil
 from shlex import quote
 from types import ModuleType
 
@@ -12,7 +11,7 @@ from cli.errors import UserError
 from cli.files import read_json, written_whole
 from formats import huggingface, quantized
 from formats.adapter import load_adapter
-from formats.files import GGUF_REST, fingerprint_of, weight_files
+from formats.files import fingerprint_of, weight_files
 from llama import Llama, LlamaConfig
 from merge import merge
 from quant import QuantLinear
@@ -65,7 +64,7 @@ def check(path: pathlib.Path) -> None:
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the merged model into `folder`, to be fine-tuned again."""
     quantized.save_quantized(load_run(path), folder)
-    copy_gguf_rest(path / "base", folder)
+    quantized.copy_rest(path / "base", folder)
 
 
 def open_weights(path: pathlib.Path) -> tuple:
@@ -131,14 +130,7 @@ def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path) -> 
     with written_whole(folder) as beside:
         beside.mkdir()
         load_tokenizer(run).save(beside)
-        copy_gguf_rest(run / "base", beside)
+        quantized.copy_rest(run / "base", beside)
         in_groups = any(isinstance(layer, QuantLinear) for layer in model.modules())
         save = quantized.save_quantized if in_groups else huggingface.save_pretrained
         save(model, beside)
-
-
-def copy_gguf_rest(base: pathlib.Path, folder: pathlib.Path) -> None:
-    """Copies what export.py writes back into the GGUF file that a base was made of, if it was."""
-    kept = base / GGUF_REST
-    if kept.exists():
-        shutil.copyfile(kept, folder / kept.name)

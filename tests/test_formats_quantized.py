@@ -15,9 +15,9 @@ import formats
 from cli.errors import UserError
 from formats.huggingface import save_pretrained
 from formats.quantized import load_quantized, save_quantized
-from quant import (
-    quantize_model,
-)
+from merge import merge
+from qalora import QALoRALinear, adapter_parameters, add_adapters
+from quant import QuantLinear, quantize_model, quantize_rtn
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_file_cut_short_is_refused_and_a_damaged_header_causes_no_other_error(
             "model.norm.weight",
         ),
         (
-            lambda t: t.update({"model.layers.0.mlp.up_proj.scale": torch.zeros(24, 2)}),
+            lambda t: t.update({"model.layers.0.mlp.up_proj.scale": torch.zeros(24, 2).double()}),
             "up_proj.scale",
         ),
         (
@@ -192,3 +192,89 @@ def test_a_float_model_or_an_empty_folder_is_no_quantized_model(tmp_path):
     with pytest.raises(UserError, match="no quantized model"):
         load_quantized(tmp_path)
     assert formats.quantization_of(tmp_path) is None
+
+
+# ---- layers that differ, as files of others have them
+
+
+def mixed_llama(seed=0):
+    """A model of one block: 2, 3 and 4 bits, several group sizes, float32 scales, a float layer."""
+    model = quantize_model(random_llama(num_hidden_layers=1), 4, 8)
+    draw = torch.Generator().manual_seed(seed)
+    kinds = {"v_proj": (2, 16), "o_proj": (3, 4), "down_proj": (4, 24), "gate_proj": None}
+    for name, layer in linears(model).items():
+        kind = kinds.get(name.rpartition(".")[2], (layer.bits, layer.group_size))
+        w = torch.randn(layer.out_features, layer.in_features, generator=draw)
+        if kind is None:
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain.weight = torch.nn.Parameter(w)
+            model.set_submodule(name, plain)
+            continue
+        quantized = quantize_rtn(w, *kind)
+        third = quantized.scale.float() / 3  # not a float16
+        model.set_submodule(
+            name, QuantLinear.from_quantized(quantized._replace(scale=third), kind[0])
+        )
+    return model
+
+
+def test_layers_that_differ_come_back_bit_for_bit_and_the_config_names_them(tmp_path):
+    model = mixed_llama()
+    save_quantized(model, tmp_path)
+    back = load_quantized(tmp_path)
+    assert same(back.state_dict().values(), model.state_dict().values())
+    assert list(back.state_dict()) == list(model.state_dict())
+    assert torch.equal(back(TOKENS), model(TOKENS))
+    block = "model.layers.0."
+    assert formats.quantization_of(tmp_path) == {
+        "bits": 4,
+        "group_size": 8,
+        "layers": {
+            f"{block}self_attn.v_proj": {"bits": 2, "group_size": 16},
+            f"{block}self_attn.o_proj": {"bits": 3, "group_size": 4},
+            f"{block}mlp.gate_proj": None,
+            f"{block}mlp.down_proj": {"bits": 4, "group_size": 24},
+        },
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_that_differ_are_adapted_and_merged_to_the_same_bits(dtype):
+    """The layer that stayed float stays frozen: what is merged into it could not be quantized."""
+    model = add_adapters(mixed_llama().to(dtype), 2, 4.0)
+    adapted = {name for name, m in model.named_modules() if isinstance(m, QALoRALinear)}
+    assert len(adapted) == 6 and not any("gate_proj" in name for name in adapted)
+    before = model.model.layers[0].mlp.gate_proj.weight.clone()
+    for p in adapter_parameters(model).values():
+        torch.nn.init.normal_(p, std=0.1)
+    expected = model(TOKENS)
+    assert torch.equal(merge(model)(TOKENS), expected)
+    assert torch.equal(model.model.layers[0].mlp.gate_proj.weight, before)
+
+
+def test_targets_that_all_stayed_float_are_refused():
+    with pytest.raises(UserError, match="gate_proj: none of them is quantized in groups"):
+        add_adapters(mixed_llama(), 2, 4.0, ["gate_proj"])
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        3,
+        [None],
+        {"model.layers.0.mlp.down_proj": 4},
+        {"model.layers.0.mlp.down_proj": {"bits": 5, "group_size": 8}},
+        {"model.layers.0.mlp.down_proj": {"bits": 4, "group_size": 0}},
+        {"model.layers.0.mlp.down_proj": {"bits": 4, "group_size": 7}},
+        {"model.layers.0.mlp.down_proj": {"bits": 2, "group_size": 8}},
+        {"model.layers.0.mlp.down_proj": None},
+        {"model.layers.1.mlp.down_proj": None},
+        {"lm_head": None},
+    ],
+    ids=str,
+)
+def test_layers_that_do_not_describe_the_weights_are_refused(tmp_path, saved, layers):
+    config, weights = saved
+    refused(
+        tmp_path, {**config, "quantization": {**config["quantization"], "layers": layers}}, weights
+    )
