@@ -15,8 +15,10 @@ import formats
 from cli.errors import Parser, UserError, run_command
 from cli.files import check_new, new_file, written_whole
 from formats.files import GGUF_REST
-from formats.gguf import gguf_package, write_back, write_gguf
-from formats.q4_1 import offset_rounding, quantized_layers
+from formats.gguf import write_gguf
+from formats.gguf_back import kinds_now, open_rest, write_back
+from formats.gguf_blocks import quantized_layers, rounding
+from formats.gguf_container import gguf_package
 
 
 def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = None) -> list[str]:
@@ -28,10 +30,12 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
     if folder.is_file():
         raise UserError(f"{folder} is no folder; name a folder with a model or a run")
     model = formats.load_model(folder)
-    layer = next(iter(quantized_layers(model).values()))
-    largest, mean = offset_rounding(model)
+    layers = quantized_layers(model)
+    layer = next(iter(layers.values()))
     rests = (folder / GGUF_REST, folder / "base" / GGUF_REST)
-    rest = next((file for file in rests if file.exists()), None)
+    rest = next((open_rest(file) for file in rests if file.exists()), None)
+    kinds = kinds_now(model, rest) if rest else dict.fromkeys(layers, "Q4_1")
+    rounded = rounding({name: layers[name] for name, kind in kinds.items() if kind == "Q4_1"})
     if rest and embeddings:
         raise UserError(
             f"{folder} came from a GGUF file, whose embeddings are written back as they were; "
@@ -44,11 +48,13 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
         else:
             dtype = torch.float32 if embeddings == "f32" else torch.float16
             write_gguf(model, tokenizer, beside, dtype)
-    lines = [
-        f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB",
-        f"float16 rounds its offsets by {mean:.2g} of a quantization step on average, "
-        f"{largest:.2g} at most",
-    ]
+    lines = [f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB"]
+    for what, (mean, largest) in rounded.items():
+        if what == "offsets" or largest:
+            lines.append(
+                f"float16 rounds its {what} by {mean:.2g} of a quantization step on average, "
+                f"{largest:.2g} at most"
+            )
     if layer.bits < 4:
         lines.append(
             f"its {layer.bits}-bit codes take 4 bits each: Q4_1 has the same values, but is larger"

@@ -1,57 +1,46 @@
-"""GGUF Q4_1 files of llama.cpp: a quantized model written as one, and such a file as a base.
+"""GGUF files of llama.cpp: a quantized model written as one, and such a file as a base.
 
 A Q4_1 block is 32 weights, w = d * code + m, with d and m in float16: our scale, codes and offset.
 So nothing is quantized again; codes and scales are copied, and only offsets round, from float32 to
 float16. That is the price of the format, and it is reported. (GPTQ's files want integer zero
 points, which a merged offset is not.)
 
-Reading takes a Q4_1 file as it is: its d, codes and m become the base. All its bytes except those
-of the quantized layers are kept beside the base, in gguf.safetensors, and written back to their
-places: what fine-tuning did not change comes out byte for byte.
+Reading takes a file as it is: the layers in Q4_0, Q4_1 and Q4_K become layers in groups with the
+same codes. Those in other types, as half of two kinds of layers in a Q4_K_M file, stay as they are.
 
 The `gguf` package (pip install gguf) knows the container and the constants; it is imported only
-where it is needed. `formats/q4_1.py` has the blocks, `formats/gguf_vocabulary.py` the tokenizer.
+where it is needed. `formats/gguf_blocks.py` has the blocks, `formats/gguf_back.py` writes a file
+back that a base came from, `formats/gguf_vocabulary.py` has the tokenizer.
 """
 
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cli.errors import UserError
-from cli.files import written_whole
-from formats.files import GGUF_REST, checked_config, fill, open_file
+from formats.files import GGUF_REST, checked_config, fill
+from formats.gguf_back import save_rest, to_blocks
+from formats.gguf_blocks import (
+    IN_GROUPS,
+    from_blocks,
+    in_file_order,
+    in_our_order,
+    quantized_layers,
+    rotary_heads,
+)
+from formats.gguf_container import gguf_name, gguf_package, write_tensors
 from formats.gguf_rope import ROPE_FREQS, divisors, linear_scaling, llama3_scaling
-from formats.gguf_vocabulary import tokenizer_of, with_format, write_vocabulary
-from formats.q4_1 import from_q4_1, quantized_layers, rotary_heads, to_q4_1
-from formats.quantized import quantized_skeleton, save_quantized
+from formats.gguf_vocabulary import tokenizer_of, write_vocabulary
+from formats.huggingface import parameter_shapes
+from formats.quantized import save_quantized
 from llama import LINEARS, Llama, LlamaConfig
 from text.tokenizer import Tokenizer
 
-TENSORS = {  # llama.cpp's name of each module
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "rope_freqs": "rope_freqs",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 HYPERPARAMETERS = {  # and of each field of a LlamaConfig, after "llama."
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -64,27 +53,8 @@ HYPERPARAMETERS = {  # and of each field of a LlamaConfig, after "llama."
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
+REMEDY = "make the file again with llama-quantize MODEL.gguf OUT.gguf Q4_1"
 SAME_AS_HEAD_DIM = ("attention.value_length", "rope.dimension_count")
-
-
-def gguf_package() -> ModuleType:
-    """The `gguf` module; UserError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            "reading and writing GGUF needs the gguf package; run: pip install gguf"
-        ) from None
-    return gguf
-
-
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of a parameter: model.layers.3.mlp.up_proj.weight is blk.3.ffn_up.weight."""
-    module, prefix = name.removesuffix(".weight"), ""
-    if module.startswith("model.layers."):
-        _, _, layer, module = module.split(".", 3)
-        prefix = f"blk.{layer}."
-    return f"{prefix}{TENSORS[module]}.weight"
 
 
 # ---- reading: what every format has
@@ -96,14 +66,18 @@ def matches(path: pathlib.Path) -> bool:
 
 
 def read_config(path: pathlib.Path) -> LlamaConfig:
-    """The LlamaConfig of a Q4_1 file, from its header. Raises UserError as `open_gguf` does."""
+    """The LlamaConfig of a file, from its header. Raises UserError as `open_gguf` does."""
     _, _, config, _ = open_gguf(path)
     return config
 
 
 def quantization_of(path: pathlib.Path) -> dict:
-    """What Q4_1 is: 4 bits in groups of 32."""
-    return {"bits": 4, "group_size": 32}
+    """What its blocks are: 4 bits in groups of 32; and the layers that are in other types."""
+    _, _, _, tensors = open_gguf(path)
+    kinds = kinds_in(tensors)
+    linear = [name.removesuffix(".weight") for name in tensors if is_linear(name)]
+    frozen = {name: None for name in linear if name not in kinds}
+    return {"bits": 4, "group_size": 32, **({"layers": frozen} if frozen else {})}
 
 
 def check(path: pathlib.Path) -> None:
@@ -112,28 +86,43 @@ def check(path: pathlib.Path) -> None:
 
 
 def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Llama:
-    """The model in a Q4_1 file, with its codes; dtype: what the float parts are cast to.
+    """The model in a file, with its codes; dtype: what the float parts are cast to.
 
-    d, codes and m are taken as they are. Embedding, norms and head are dequantized, to float32 only
+    Scales, codes and offsets are taken as they are. All the rest is dequantized, to float32 only
     where the file keeps its embedding so, as 16 bits let `compute_dtype` choose bfloat16. Raises
     UserError as `open_gguf` does, and for numbers that are not finite.
     """
     _, _, config, tensors = open_gguf(path)
-    model = quantized_skeleton(config, 4, 32)
+    with torch.device("meta"):
+        model = Llama(config)
+    for name, kind in kinds_in(tensors).items():
+        tensor = tensors[f"{name}.weight"]
+        blocks = in_our_order(torch.from_numpy(tensor.data.copy()), rotary_heads(name, config))
+        layer = from_blocks(blocks, kind)
+        if not (layer.scale.isfinite().all() and layer.offset.isfinite().all()):
+            raise UserError(f"{path}: {tensor.name} has NaN or infinite values; fetch it again")
+        model.set_submodule(name, layer)
     kept = {"F32": torch.float32, "BF16": torch.bfloat16}
     stored = kept.get(tensors["model.embed_tokens.weight"].tensor_type.name, torch.float16)
     weights = {}
     for name, tensor in tensors.items():
-        module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] not in LINEARS:
-            weights[name] = functools.partial(dequantized, path, tensor, stored)
-            continue
-        blocks = torch.from_numpy(tensor.data.copy())
-        layer = from_q4_1(blocks, rotary_heads(module, config))
-        if not (layer.scale.isfinite().all() and layer.offset.isfinite().all()):
-            raise UserError(f"{path}: {tensor.name} has NaN or infinite values; fetch it again")
-        model.set_submodule(module, layer)
+        heads = rotary_heads(name, config)
+        weights[name] = functools.partial(dequantized, path, tensor, stored, heads)
     return fill(model, weights).requires_grad_(False).to(device, dtype)
+
+
+def is_linear(name: str) -> bool:
+    """Whether a parameter is the weight of one of a block's linear layers."""
+    return name.removesuffix(".weight").rpartition(".")[2] in LINEARS
+
+
+def kinds_in(tensors: dict[str, Any]) -> dict[str, str]:
+    """{our name of a layer in groups: its type} in a file's tensors by our names."""
+    kinds = {}
+    for name, tensor in tensors.items():
+        if is_linear(name) and tensor.tensor_type.name in IN_GROUPS:
+            kinds[name.removesuffix(".weight")] = tensor.tensor_type.name
+    return kinds
 
 
 def files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -142,12 +131,10 @@ def files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes a Q4_1 file as a folder of our own: nothing is calibrated or quantized."""
-    reader, _, _, tensors = open_gguf(path)
+    """Writes a file as a folder of our own: nothing is calibrated or quantized."""
+    reader, _, config, tensors = open_gguf(path)
     save_quantized(load_model(path), folder)
-    quantized = {t.name for name, t in tensors.items() if name.split(".")[-2] in LINEARS}
-    others = [tensor for tensor in reader.tensors if tensor.name not in quantized]
-    save_rest(reader, others, folder / GGUF_REST)
+    save_rest(reader, kinds_in(tensors), config, folder / GGUF_REST)
 
 
 def load_tokenizer(path: pathlib.Path) -> Tokenizer:
@@ -186,8 +173,8 @@ def check_tokenizer(path: pathlib.Path, tokenizer: Tokenizer) -> None:
 def open_gguf(path: pathlib.Path) -> tuple:
     """(GGUFReader, metadata, LlamaConfig, {our name: ReaderTensor}); reads the header only.
 
-    Raises UserError when the file is damaged, asks for what `Llama` does not compute, or has linear
-    layers in other types than Q4_1.
+    Raises UserError when the file is damaged, asks for what `Llama` does not compute, or has no
+    linear layer in a type that can take up an adapter.
     """
     gguf = gguf_package()
     try:
@@ -210,75 +197,55 @@ def open_gguf(path: pathlib.Path) -> tuple:
     if ROPE_FREQS in found:
         scaling = llama3_scaling(path, found.pop(ROPE_FREQS), config)
         config = dataclasses.replace(config, rope_scaling=scaling)
-    check_sizes(path, config, found)
-    tensors = {}
-    for name, shape in expected_shapes(config).items():
-        tensor = tensors[name] = found.pop(gguf_name(name), None)
-        if tensor is None:
-            raise UserError(f"{path}: {gguf_name(name)} is missing; fetch the file again")
-        check_tensor(path, tensor, shape, name.split(".")[-2] in LINEARS)
-    if found:
-        raise UserError(f"{path}: {next(iter(found))} is unexpected; LLaMA has no such weight")
-    check_places(path, reader)
-    return reader, metadata, config, tensors
-
-
-def check_sizes(path: pathlib.Path, config: LlamaConfig, found: dict) -> None:
-    """Raises UserError where a damaged number asks for millions of layers, or for odd widths."""
     layers = config.num_hidden_layers
-    if f"blk.{layers - 1}.attn_norm.weight" not in found:
+    if f"blk.{layers - 1}.attn_norm.weight" not in found:  # a damaged number may ask for millions
         raise UserError(
             f"{path}: has no tensors for the last of {layers} layers; fetch it again, or join the "
             "parts of a split file with llama-gguf-split --merge"
         )
-    D, F = config.hidden_size, config.intermediate_size
-    attended = config.num_attention_heads * config.head_dim
-    if D % 32 or F % 32 or attended % 32:
+    tensors = {}
+    for name, shape in parameter_shapes(config).items():
+        tensor = tensors[name] = found.pop(gguf_name(name), None)
+        if tensor is None:
+            raise UserError(f"{path}: {gguf_name(name)} is missing; fetch the file again")
+        check_tensor(path, tensor, shape)
+    if found:
+        raise UserError(f"{path}: {next(iter(found))} is unexpected; LLaMA has no such weight")
+    check_places(path, reader)
+    if not kinds_in(tensors):
+        first = next(tensor for name, tensor in tensors.items() if is_linear(name))
         raise UserError(
-            f"{path}: widths of {D}, {F} and {attended} are not all multiples of 32, so not all "
-            "its layers can be Q4_1"
+            f"{path}: {first.name} is {first.tensor_type.name}, and only {', '.join(IN_GROUPS)} "
+            f"can take up an adapter; {REMEDY}"
         )
-
-
-def expected_shapes(config: LlamaConfig) -> dict[str, tuple]:
-    """The shape of every tensor of a model by our names."""
-    model = quantized_skeleton(config, 4, 32)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name, layer in quantized_layers(model).items():
-        shapes[f"{name}.weight"] = layer.out_features, layer.in_features
-    return shapes
+    return reader, metadata, config, tensors
 
 
 def check_places(path: pathlib.Path, reader: Any) -> None:
-    """Raises UserError unless every tensor begins where the one before it ends."""
+    """Raises UserError unless every tensor begins where the one before it ends, as padded."""
     in_order = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
     for before, tensor in itertools.pairwise(in_order):
-        gap = tensor.data_offset - before.data_offset - before.n_bytes
-        if not 0 <= gap < reader.alignment:
+        end = int(before.data_offset + before.n_bytes)
+        if tensor.data_offset != end + (int(reader.data_offset) - end) % int(reader.alignment):
             raise UserError(
                 f"{path}: {tensor.name} does not begin where {before.name} ends; fetch it again"
             )
 
 
-def check_tensor(path: pathlib.Path, tensor: Any, shape: tuple, is_linear: bool) -> None:
-    """Raises UserError unless a tensor has `shape` and can be read; linear layers must be Q4_1."""
+def check_tensor(path: pathlib.Path, tensor: Any, shape: tuple) -> None:
+    """Raises UserError unless a tensor has `shape` and can be read."""
     gguf, kind = gguf_package(), tensor.tensor_type
-    remedy = "make the file again with llama-quantize MODEL.gguf OUT.gguf Q4_1"
     found = tensor.shape.tolist()[::-1]
     if tuple(found) != shape:
         raise UserError(
             f"{path}: {tensor.name} has the shape {found}, but the hyperparameters ask for "
             f"{list(shape)}"
         )
-    if is_linear and kind != gguf.GGMLQuantizationType.Q4_1:
-        raise UserError(
-            f"{path}: {tensor.name} is {kind.name}, and only Q4_1 can take up an adapter; {remedy}"
-        )
     try:
         gguf.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
     except NotImplementedError:
         raise UserError(
-            f"{path}: {tensor.name} is {kind.name}, which the gguf package cannot read; {remedy}"
+            f"{path}: {tensor.name} is {kind.name}, which the gguf package cannot read; {REMEDY}"
         ) from None
 
 
@@ -310,10 +277,12 @@ def gguf_config(path: pathlib.Path, metadata: dict, tied: bool) -> LlamaConfig:
     return config
 
 
-def dequantized(path: pathlib.Path, tensor: Any, dtype: torch.dtype) -> Tensor:
-    """A tensor of a GGUF file in `dtype`; UserError where it is not finite."""
+def dequantized(
+    path: pathlib.Path, tensor: Any, dtype: torch.dtype, heads: int | None = None
+) -> Tensor:
+    """A tensor of a GGUF file in `dtype` and our order; UserError where it is not finite."""
     values = gguf_package().dequantize(tensor.data, tensor.tensor_type)
-    values = torch.from_numpy(values.copy()).to(dtype)
+    values = in_our_order(torch.from_numpy(values.copy()).to(dtype), heads)
     if not values.isfinite().all():
         raise UserError(
             f"{path}: {tensor.name} has NaN or infinite values, or such as {dtype} cannot hold; "
@@ -389,10 +358,11 @@ def stored_tensors(model: Llama, embeddings: torch.dtype) -> dict[str, tuple]:
         tensors[ROPE_FREQS] = by.shape, torch.float32, lambda: by
     for name, p in model.named_parameters():
         dtype = torch.float32 if p.dim() == 1 else embeddings
-        tensors[name] = p.shape, dtype, functools.partial(finite, name, p.detach(), dtype)
+        rows = in_file_order(p.detach(), rotary_heads(name, model.config))
+        tensors[name] = p.shape, dtype, functools.partial(finite, name, rows, dtype)
     for name, layer in quantized_layers(model).items():
         shape = torch.Size((layer.out_features, layer.in_features // 32 * 20))
-        read = functools.partial(to_q4_1, layer, rotary_heads(name, model.config))
+        read = functools.partial(to_blocks, layer, "Q4_1", None, rotary_heads(name, model.config))
         tensors[f"{name}.weight"] = shape, torch.uint8, read
     return tensors
 
@@ -404,62 +374,3 @@ def finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             f"{name} has values that {dtype} cannot hold; write it with --embeddings f32"
         )
     return tensor.to(dtype)
-
-
-def write_tensors(
-    path: pathlib.Path, start: int, places: list[tuple[int, Callable]], size: int
-) -> None:
-    """Writes tensors into a file that has its header, and makes it `size` bytes long.
-
-    places: for each tensor its offset after `start`, and a function that returns it.
-    """
-    with path.open("r+b") as f:
-        for offset, read in places:
-            f.seek(start + offset)
-            f.write(read().contiguous().numpy())
-        f.truncate(size)
-
-
-# ---- writing back into the file that a model came from
-
-
-def save_rest(reader: Any, others: list, path: pathlib.Path) -> None:
-    """Keeps what `write_back` needs: header, the bytes of `others`, and where each tensor lies."""
-
-    def copy(start, size):
-        return torch.from_numpy(reader.data[start : start + size].copy())
-
-    kept = {tensor.name: copy(tensor.data_offset, tensor.n_bytes) for tensor in others}
-    kept["header"] = copy(0, reader.data_offset)
-    places = {tensor.name: tensor.data_offset for tensor in reader.tensors}
-    layout = {"places": json.dumps(places), "size": str(len(reader.data))}
-    with written_whole(path) as beside:
-        save_file(kept, beside, metadata=layout)
-
-
-def write_back(model: Llama, tokenizer: Tokenizer, rest: pathlib.Path, path: pathlib.Path) -> None:
-    """Writes the GGUF file that a model came from, with the quantized layers as they are now.
-
-    Where the tokenizer has another chat template than the file, that is replaced as well. Raises
-    UserError where what was kept of the file is damaged.
-    """
-    kept = open_file(rest)
-    with safetensors.safe_open(rest, framework="pt") as file:
-        layout = file.metadata() or {}
-    if "header" not in kept or not {"places", "size"} <= layout.keys():
-        raise UserError(
-            f"{rest} is damaged, or was not written by train.py; import the GGUF file again with "
-            "train.py --fresh"
-        )
-    header, size = kept["header"].read().numpy().tobytes(), int(layout["size"])
-    path.write_bytes(header)
-    write_tensors(path, 0, [], size)  # GGUFReader wants a file of the whole length
-    changed = with_format(header, gguf_package().GGUFReader(path), tokenizer)
-    path.write_bytes(changed)
-    readers = {name: stored.read for name, stored in kept.items()}
-    for name, layer in quantized_layers(model).items():
-        heads = rotary_heads(name, model.config)
-        readers[gguf_name(f"{name}.weight")] = functools.partial(to_q4_1, layer, heads)
-    moved = len(changed) - len(header)
-    places = [(at, readers[name]) for name, at in json.loads(layout["places"]).items()]
-    write_tensors(path, moved, places, size + moved)

@@ -172,12 +172,12 @@ def rope_freqs(config, **changes):
     return divisors.astype(np.float32)
 
 
-def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
+def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None, mixed=None):
     """A Q4_1 file as others make them, by the gguf package: its own quantizer, alignment, and
     metadata of its own.
 
     `change(metadata, tensors)` may spoil it: {key: (value, GGUFValueType)} and {name: (array,
-    type)}.
+    type)}. mixed: the types of tensors that have others, by the ends of their names.
     """
     V, U, F = gguf.GGUFValueType, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32
     own = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.files["tokenizer.model"])
@@ -222,13 +222,9 @@ def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
         kind = head if name == "output.weight" else Type.Q4_1
         if p.dim() == 1:
             kind = Type.F32
-        if (
-            kind == Type.Q6_K
-        ):  # the package only reads it: any bytes, a small scale at a block's end
-            w = rng.integers(0, 256, (p.shape[0], p.shape[1] // 256, 210), dtype=np.uint8)
-            w[..., 208:] = np.array([0.0001], np.float16).view(np.uint8)
-            w = w.reshape(p.shape[0], -1)
-        tensors[name] = (w if w.dtype == np.uint8 else gguf.quantize(w, kind), kind)
+        for end, other in (mixed or {}).items():
+            kind = other if name.endswith(f"{end}.weight") else kind
+        tensors[name] = blocks_of(w, kind, rng), kind
     if change:
         change(metadata, tensors)
     writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", ("llama",))[0])
@@ -241,6 +237,20 @@ def quantize_file(path, config, tokenizer, head=Type.Q8_0, change=None):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def blocks_of(w, kind, rng):
+    """A matrix in a type; any bytes with small scales where the package only reads the type."""
+    numbers = {Type.Q4_K: [0, 2], Type.Q5_K: [0, 2], Type.Q6_K: [208]}.get(kind)
+    if numbers is None:
+        return gguf.quantize(w, kind)
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    blocks = rng.integers(0, 256, (w.shape[0], w.shape[1] // 256, size), dtype=np.uint8)
+    for at in numbers:
+        small = rng.uniform(0.5, 1, blocks.shape[:2]) * (0.0004 if len(numbers) == 2 else 0.0001)
+        small = small.astype(np.float16)[..., None].view(np.uint8)
+        blocks[..., at : at + 2] = small
+    return blocks.reshape(w.shape[0], -1)
 
 
 def put_tensor(name, array, kind):

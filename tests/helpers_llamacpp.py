@@ -17,7 +17,7 @@ import transformers  # noqa: E402
 
 import formats  # noqa: E402
 from formats.gguf import gguf_name  # noqa: E402
-from formats.q4_1 import quantized_layers, rotary_heads  # noqa: E402
+from formats.gguf_blocks import quantized_layers, rotary_heads  # noqa: E402
 from llama import LINEARS, generate, linears  # noqa: E402
 from quant import Quantized, dequantize, unpack  # noqa: E402
 

@@ -35,8 +35,8 @@ import train
 from cli.errors import UserError
 from formats import load_model
 from formats.files import GGUF_REST
+from formats.gguf_blocks import quantized_layers
 from formats.huggingface import save_pretrained
-from formats.q4_1 import quantized_layers
 from formats.quantized import save_quantized
 from llama import Llama
 from text.tokenizer import CHAT_TEMPLATE, load_tokenizer
@@ -254,7 +254,7 @@ def test_groups_that_are_no_multiple_of_32_are_refused(folder_of, tmp_path, grou
 
 def test_a_float_model_is_refused(tmp_path):
     save_pretrained(Llama(CONFIG), tmp_path)
-    with pytest.raises(UserError, match="is not quantized in groups"):
+    with pytest.raises(UserError, match="no layer is quantized in groups"):
         export.export(tmp_path, tmp_path / "m.gguf")
 
 
@@ -268,7 +268,9 @@ def test_offsets_and_embeddings_beyond_float16_are_refused(folder_of, tmp_path):
     export.export(folder, tmp_path / "m.gguf", "f32")
     model.model.layers[1].mlp.up_proj.offset[3, 1] = -7e4
     save_quantized(model, folder)
-    with pytest.raises(UserError, match="model.layers.1.mlp.up_proj: an offset of 70000"):
+    with pytest.raises(
+        UserError, match="model.layers.1.mlp.up_proj: an offset or a scale of 70000"
+    ):
         export.export(folder, tmp_path / "n.gguf")
     assert not list(tmp_path.glob("*n.gguf*"))
 

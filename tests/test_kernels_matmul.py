@@ -43,15 +43,18 @@ def test_it_does_not_matter_how_much_is_dequantized_at_a_time(
     assert same(*results)
 
 
+@pytest.mark.parametrize("finer", [1, -1 / 3])  # as imported files have them, in float32
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_compiled_it_has_the_same_bits(monkeypatch, dtype, bits):
+def test_compiled_it_has_the_same_bits(monkeypatch, dtype, bits, finer):
     """Not up to rounding: a run that was resumed, or merged, after the compiler came in must not
     tell."""
     q = random_quantized(bits, 24, 8, 32, bits)
     q.scale[:8] = torch.tensor(
         [2.0**-24, 3 * 2.0**-24, 0, 65504, 2.0**-14, 1, 1 / 3, 1e-5]
     )  # its least and largest
+    if finer != 1:
+        q = q._replace(scale=finer * q.scale.float())
     x, results = normal(0, 7, 256).to(dtype), []
     for use in (False, True):
         monkeypatch.setattr(matmul, "USE_COMPILER", use)

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BITS, TWO_LAYERS, integers, quantized_llama, same
+from helpers import BITS, TWO_LAYERS, dense, integers, quantized_llama, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from cli.errors import UserError
 from llama import LINEARS, Llama
 from qalora import LoRALinear, QALoRALinear, adapter_parameters, add_adapters
-from quant import Quantized, QuantLinear
+from quant import Quantized, QuantLinear, unpack
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SEEDS, RANKS = st.integers(0, 2**32 - 1), st.integers(1, 5)
@@ -96,6 +96,32 @@ def test_training_keeps_neither_the_input_nor_a_dense_weight(dtype):
     own += layer.base.offset.nbytes  # the effective offset's
     assert x.untyped_storage().data_ptr() not in kept
     assert sum(kept.values()) <= own + 64 * 8 * max(4, x.element_size()), kept
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(DTYPES), BITS, ROWS, GROUPS, GROUP_SIZES, RANKS, SEEDS, st.floats(-20, 10))
+def test_finer_and_negative_scales_of_other_quantizers_are_kept_and_merge_to_the_same_bits(
+    dtype, bits, rows, groups, group_size, rank, seed, magnitude
+):
+    layer = adapted_layer(seed, rows, groups, group_size, bits, rank, alpha=3)
+    draw = torch.Generator().manual_seed(seed)
+    scale = torch.randn(rows, groups, generator=draw) * 2.0**magnitude
+    layer.base.scale = scale.clone()
+    layer.to(dtype)
+    x = torch.randn(3, groups * group_size, generator=draw).to(dtype)
+    y = layer(x)
+    assert torch.equal(layer.base.scale, scale)
+    codes = unpack(layer.base.packed, bits, groups * group_size).double()
+    exact = dense(Quantized(codes, scale, layer.effective_offset().detach()))
+    # a weight is rounded once, and so are the products, their sum (of up to 80) and the result;
+    # float16 has steps of 2^-24 where it is subnormal
+    largest = codes.max() * scale.double().abs().max() + layer.effective_offset().abs().max()
+    size = x.double().abs().sum(1, keepdim=True) * largest
+    bound = 3 * torch.finfo(dtype).eps * size + 2.0**-24 * (1 + x.double().abs().sum())
+    assert ((y - x.double() @ exact.t()).abs() <= bound).all()
+    merged = layer.merged()
+    assert torch.equal(merged(x), y)
+    assert merged.scale.dtype == torch.float32 and torch.equal(merged.scale, scale)
 
 
 def test_training_changes_the_adapter_and_nothing_else():
