@@ -171,27 +171,13 @@ def check_tokenizer(path: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def open_gguf(path: pathlib.Path) -> tuple:
-    """(GGUFReader, metadata, LlamaConfig, {our name: ReaderTensor}); reads the header only.
+    """(GGUFReader, metadata, LlamaConfig, {our name: ReaderTensor}); reads no weights.
 
     Raises UserError when the file is damaged, asks for what `Llama` does not compute, or has no
     linear layer in a type that can take up an adapter.
     """
-    gguf = gguf_package()
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except OSError:
-        raise
-    except Exception as e:  # a broken file can raise anything: the parser is not ours
-        raise UserError(
-            f"{path}: no GGUF file, or a damaged one ({type(e).__name__}); fetch it again"
-        ) from None
-    architecture = metadata.get("general.architecture")
-    if reader.byte_order == "S" or architecture != "llama":
-        raise UserError(
-            f"{path}: only little-endian files of architecture llama are supported, not "
-            f"{architecture}"
-        )
+    stat = path.stat()
+    reader, metadata = read_header(path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
     found = {tensor.name: tensor for tensor in reader.tensors}
     config = gguf_config(path, metadata, tied="output.weight" not in found)
     if ROPE_FREQS in found:
@@ -219,6 +205,31 @@ def open_gguf(path: pathlib.Path) -> tuple:
             f"can take up an adapter; {REMEDY}"
         )
     return reader, metadata, config, tensors
+
+
+@functools.lru_cache(maxsize=1)  # seconds for a large vocabulary, and a run asks a dozen times
+def read_header(path: pathlib.Path, *version: int) -> tuple:
+    """(GGUFReader, metadata); version: what changes with the file.
+
+    Raises UserError for a damaged file, or one of another architecture.
+    """
+    gguf = gguf_package()
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except OSError:
+        raise
+    except Exception as e:  # a broken file can raise anything: the parser is not ours
+        raise UserError(
+            f"{path}: no GGUF file, or a damaged one ({type(e).__name__}); fetch it again"
+        ) from None
+    architecture = metadata.get("general.architecture")
+    if reader.byte_order == "S" or architecture != "llama":
+        raise UserError(
+            f"{path}: only little-endian files of architecture llama are supported, not "
+            f"{architecture}"
+        )
+    return reader, metadata
 
 
 def check_places(path: pathlib.Path, reader: Any) -> None:

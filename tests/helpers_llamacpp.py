@@ -17,7 +17,7 @@ import transformers  # noqa: E402
 
 import formats  # noqa: E402
 from formats.gguf import gguf_name  # noqa: E402
-from formats.gguf_blocks import quantized_layers, rotary_heads  # noqa: E402
+from formats.gguf_blocks import in_our_order, quantized_layers, rotary_heads  # noqa: E402
 from llama import LINEARS, generate, linears  # noqa: E402
 from quant import Quantized, dequantize, unpack  # noqa: E402
 
@@ -136,16 +136,18 @@ class Ours:
 
 
 class AsInFile(Ours):
-    """The same in the numbers of the file: offsets, embedding and head have fewer bits."""
+    """The same in the numbers of the file: all but codes may have fewer bits there."""
 
     def __init__(self, folder, file):
         super().__init__(folder)
         tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
         for name, p in self.model.named_parameters():
             t = tensors[gguf_name(name)]
-            p.data = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy())
-        for layer in quantized_layers(self.model).values():
-            layer.offset = layer.offset.half().float()
+            rows = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy())
+            p.data = in_our_order(rows, rotary_heads(name, self.model.config))
+        for name, layer in quantized_layers(self.model).items():
+            if tensors[gguf_name(f"{name}.weight")].tensor_type.name == "Q4_1":
+                layer.scale, layer.offset = layer.scale.half(), layer.offset.half().float()
         self.head_type = tensors["output.weight"].tensor_type.name
 
     def rounding(self, tokens, theirs=None):
