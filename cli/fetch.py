@@ -41,6 +41,7 @@ WORD = r"\w+(?:[.-]\w+)*"
 REPOSITORY = re.compile(rf"{WORD}/{WORD}(:[^:]+)?", re.ASCII)
 BESIDE_WEIGHTS = (
     "config.json",
+    "quantize_config.json",
     "generation_config.json",
     "tokenizer.model",
     "tokenizer.json",
@@ -162,7 +163,9 @@ def files_of_weights(names: list[str]) -> list[str]:
             start, ending = single.split(".")
             parts = [n for n in names if n.startswith(start) and n.endswith(f".{ending}")]
             return [index, *(n for n in parts if "/" not in n)]
-    return []
+    others = [n for n in names if n.endswith(".safetensors") and "/" not in n]
+    named_by_gptq = len(others) == 1 and "quantize_config.json" in names
+    return others if named_by_gptq else []
 
 
 def data_files(repository: str, names: list[str]) -> list[str]:

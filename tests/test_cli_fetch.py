@@ -128,6 +128,17 @@ def test_pickles_are_fetched_where_there_are_no_safetensors(hub, fetch):
     assert contents(folder) == files
 
 
+def test_a_gptq_repository_may_name_its_one_file_as_it_likes(hub, fetch):
+    files = {"config.json": b"{}", "quantize_config.json": b"{}"}
+    files["gptq_model-4bit-128g.safetensors"] = b"w"
+    hub.repositories["model", "org/tiny"] = {**files, "README.md": b"?", "x/y.safetensors": b"?"}
+    folder, _ = fetch("org/tiny")
+    assert contents(folder) == files
+    del hub.repositories["model", "org/tiny"]["quantize_config.json"]
+    _, message = fetch("org/tiny", status=2)
+    assert "has no config.json with model.safetensors" in message
+
+
 def test_one_gguf_file_is_fetched_by_its_name(hub, fetch):
     hub.repositories["model", "org/gguf"] = {"a.Q4_1.gguf": b"a", "b/c.gguf": b"c"}
     file, text = fetch("org/gguf:b/c.gguf")
