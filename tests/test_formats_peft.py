@@ -68,10 +68,10 @@ def save(folder, tensors, **fields):
 
 def library_forward(x, weight, a, b, size, scaling, authors):
     """x [N, I] times a dense weight, and the adapter beside it, in float64."""
-    pools = x.shape[1] // size
-    pooled = x.view(-1, pools, size).mean(dim=2)
-    if not authors:
-        pooled = pooled * pools  # as QALoraLinearVariant.forward has it
+    if authors:
+        pooled = torch.nn.functional.avg_pool1d(x, size)
+    else:  # PEFT multiplies by the number of groups
+        pooled = x.view(len(x), -1, size).mean(dim=2) * (x.shape[1] // size)
     return x @ weight.t() + pooled @ a.double().t() @ b.double().t() * scaling
 
 
@@ -237,9 +237,8 @@ def test_the_command_writes_a_model_folder_with_the_adapted_models_bits(here, co
     expected = adapted_model(here)(TOKENS)
     status, said, _ = command()
     assert (status, said) == (0, f"merged {here / 'adapter'} into {here / 'out'}\n")
-    found = contents(here / "out")
-    names = "config.json mlx.safetensors model.safetensors tokenizer.model"
-    assert " ".join(sorted(map(str, found))) == names
+    found = " ".join(sorted(map(str, contents(here / "out"))))
+    assert found == "config.json mlx.safetensors model.safetensors tokenizer.model"
     for name in ("mlx.safetensors", "tokenizer.model"):
         assert (here / "out" / name).read_bytes() == (here / "base" / name).read_bytes()
     assert formats.quantization_of(here / "out") == {"bits": 4, "group_size": 4}
