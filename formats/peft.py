@@ -64,6 +64,7 @@ def save_merged(
             f"{base} is not quantized in groups with offsets; quantize it first, or name the GPTQ "
             f"folder that the adapter was trained over ({adapter / CONFIG} says {trained_over})"
         )
+    formats.check(base)
     tokenizer = formats.load_tokenizer(base)
     with written_whole(folder) as beside:
         beside.mkdir()

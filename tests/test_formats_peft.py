@@ -20,6 +20,7 @@ import formats
 import merge
 from baselines import quantize_model_nf4
 from formats import peft
+from formats.huggingface import save_pretrained
 from formats.quantized import save_quantized
 from llama import LINEARS, Llama, LlamaConfig
 from qalora import QALoRALinear
@@ -457,10 +458,6 @@ def test_files_that_are_missing_or_damaged_are_named(
     assert_refused(command, here, says)
 
 
-def a_float_model(base):
-    formats.huggingface.save_pretrained(Llama(CONFIG), base)
-
-
 def a_model_in_nf4(base):
     save_quantized(quantize_model_nf4(Llama(CONFIG)), base, quantizer="nf4")
 
@@ -474,10 +471,11 @@ def a_float_layer(base):
 @pytest.mark.parametrize(
     "damage, says",
     [
-        (a_float_model, 'adapter_config.json says "somebody/gptq")'),
+        (lambda base: save_pretrained(Llama(CONFIG), base), 'config.json says "somebody/gptq")'),
         (a_model_in_nf4, "base is not quantized in groups with offsets; quantize it first"),
         (a_float_layer, f"{A}: model.layers.1.self_attn.q_proj is not quantized in the base"),
         (shutil.rmtree, "base: found none of"),
+        (lambda base: os.truncate(base / "model.safetensors", 5000), "base/model.safetensors: not"),
         (lambda base: (base / "tokenizer.model").unlink(), "tokenizer"),
     ],
 )
