@@ -362,6 +362,7 @@ A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
         ({A: None}, f"{A} is missing"),
         ({B: None}, f"{B} is missing"),
         ({f"{Q}.lora_B.bias": filled(24)}, f"{Q}.lora_B.bias cannot be merged"),
+        ({f"{Q}.lora_B.weight.absmax": filled(24)}, "lora_B.weight.absmax cannot be merged"),
         ({f"{Q}.lora_magnitude_vector": filled(24)}, "lora_magnitude_vector cannot be merged"),
         ({f"{Q}.lora_embedding_A": filled(2, 24)}, "lora_embedding_A cannot be merged"),
         ({f"{Q}.lora_A.other.weight": filled(2, 3)}, "lora_A.other.weight cannot be merged"),
