@@ -1,9 +1,9 @@
 """Folding adapters into the quantized model: offset <- offset + s * B @ A; nothing else changes.
 
     python merge.py runs/7b --out merged/7b
+    python merge.py --base GPTQ_DIR --adapter PEFT_DIR --out merged/theirs    (formats/peft.py)
 
-The result has the same codes and scales, needs no adapter, and returns the same bits as the adapted
-model.
+The result has the same codes and scales, needs no adapter, and returns the adapted model's bits.
 """
 
 import pathlib
@@ -19,8 +19,7 @@ from qalora import QALoRALinear
 def merge(module: nn.Module) -> nn.Module:
     """Replaces every adapted layer in `module` by its merged one, in place; returns the module.
 
-    If `module` itself is an adapted layer, returns its merged layer. Raises UserError when there is
-    no adapter.
+    If `module` itself is an adapted layer, returns its merged layer. UserError if there is none.
     """
     adapted = (QALoRALinear, LoRALinear)
     if isinstance(module, adapted):
@@ -36,21 +35,25 @@ def merge(module: nn.Module) -> nn.Module:
 
 
 def main() -> None:
-    """Merges the adapter of a finished run and writes the model into a new folder."""
-    from formats.run import load_run, save_merged  # here, because it imports this module
+    """Merges the adapter of a finished run, or one from PEFT, into a new model folder."""
+    from formats import peft, run  # here, because they import this module
 
     parser = Parser(prog="merge.py", description=__doc__)
     add = parser.add_argument
-    add("run", type=pathlib.Path, help="the folder of a finished run of train.py")
+    add("run", nargs="?", type=pathlib.Path, help="the folder of a finished run of train.py")
+    add("--base", type=pathlib.Path, help="or a quantized model")
+    add("--adapter", type=pathlib.Path, help="and a QA-LoRA adapter over it, in PEFT's folder")
     add("--out", type=pathlib.Path, required=True, help="folder for the merged model")
     args = parser.parse_args()
-    if not (args.run / "run.json").exists():
-        raise UserError(
-            f"{args.run} is no run of train.py (it has no run.json): there is no adapter to merge"
-        )
+    given = [name for name in ("run", "base", "adapter") if getattr(args, name)]
+    if given not in (["run"], ["base", "adapter"]):
+        parser.error("name a run, or else --base MODEL and --adapter PEFT_DIR")
     check_new(args.out)
-    save_merged(load_run(args.run), args.run, args.out)
-    print(f"merged {args.run} into {args.out}")
+    if args.run:
+        run.save_merged(run.load_run(args.run), args.run, args.out)
+    else:
+        peft.save_merged(args.base, args.adapter, args.out)
+    print(f"merged {args.run or args.adapter} into {args.out}")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,10 @@ def load_run(
     """
     run = pathlib.Path(run)
     base = run / "base"
+    if not matches(run):
+        raise UserError(
+            f"{run} is no run of train.py (it has no run.json): there is no adapter to merge"
+        )
     if not (run / "adapter").is_dir():
         raise UserError(
             f"{run} has no finished adapter yet; go on with: python train.py --resume --out "

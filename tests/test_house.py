@@ -25,6 +25,7 @@ PUBLIC = {  # what tests, benchmarks and other people's code import, and from wh
 DOORS = {  # imports inside a function: a room behind imports the module that opens the door
     ("llama", "formats"),
     ("quant", "formats.quantized"),
+    ("merge", "formats.peft"),
     ("merge", "formats.run"),
     ("kernels.matmul", "kernels.triton_kernels"),  # optional: needs Triton
 }
