@@ -144,8 +144,17 @@ def open_weights(path: pathlib.Path) -> tuple[LlamaConfig, dict[str, Callable[[]
     """
     config = read_config(path)
     file, found = open_folder(path)
+    weights = float_weights(file, found, parameter_shapes(config))
+    check_the_rest(found, set(weights), config.tie_word_embeddings)
+    return config, weights
+
+
+def float_weights(
+    file: pathlib.Path, found: dict[str, Stored], shapes: dict[str, tuple]
+) -> dict[str, Callable[[], Tensor]]:
+    """{name: a function that reads it} of tensors; UserError if one is missing or misshapen."""
     weights = {}
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in shapes.items():
         if name not in found:
             raise UserError(f"{file}: tensor {name} is missing")
         stored = found[name]
@@ -155,8 +164,7 @@ def open_weights(path: pathlib.Path) -> tuple[LlamaConfig, dict[str, Callable[[]
                 f"asks for {list(shape)}"
             )
         weights[name] = functools.partial(read_float, stored)
-    check_the_rest(found, set(weights), config.tie_word_embeddings)
-    return config, weights
+    return weights
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple]:
@@ -201,13 +209,14 @@ def open_folder(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Stored]]:
         if (folder / name).exists():
             return folder / name, open_file(folder / name)
         if index.exists():
-            return index, _open_listed(folder, index)
+            return index, open_listed(folder, index)
     raise UserError(
         f"{folder}: found no model.safetensors or pytorch_model.bin, nor an index of several files"
     )
 
 
-def _open_listed(folder, index):
+def open_listed(folder: pathlib.Path, index: pathlib.Path) -> dict[str, Stored]:
+    """The tensors by name of all files that an index lists; UserError as in `open_folder`."""
     listed = read_json(index).get("weight_map")
     names = list(listed.values()) if isinstance(listed, dict) else [None]
     if not all(isinstance(file, str) and "/" not in file for file in names):
