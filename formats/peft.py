@@ -16,6 +16,7 @@ Here the adapter becomes QALoRALinears: A's columns are repeated where g is seve
 groups, which is exact, and alpha takes the factor. Merging is then that of our own adapters.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -81,7 +82,7 @@ def load_adapter(model: Llama, folder: str | pathlib.Path) -> Llama:
     another model, or more than a change of offsets.
     """
     folder = pathlib.Path(folder)
-    config, factors = read_config(folder), open_factors(folder)
+    config, factors = read_config(folder), unfused(open_factors(folder), model)
     check_targets(folder / CONFIG, config, model, factors)
     modules = dict(model.named_modules())
     for name, pair in factors.items():
@@ -240,6 +241,31 @@ def open_factors(folder: pathlib.Path) -> dict[str, dict[str, Stored]]:
                     f"{file}: tensor base_model.model.{layer}.{factor}.weight is missing"
                 )
     return factors
+
+
+def unfused(factors: dict[str, dict[str, Stored]], model: Llama) -> dict[str, dict[str, Stored]]:
+    """The same, with q, k and v in place of the one layer qkv_proj of AutoGPTQ's fused attention.
+
+    The authors' training used that until October 2023: one A, and B with the rows of all three.
+    """
+    layers, found = dict(linears(model)), {}
+    for name, pair in factors.items():
+        stem, _, last = name.rpartition(".")
+        parts = [f"{stem}.{part}" for part in ("q_proj", "k_proj", "v_proj")]
+        rows = [layers[part].out_features for part in parts if part in layers]
+        b = pair["lora_B"]
+        if last != "qkv_proj" or len(rows) < 3 or b.shape[:1] != (sum(rows),):
+            found[name] = pair
+            continue
+        for i, part in enumerate(parts):
+            own = slice(sum(rows[:i]), sum(rows[: i + 1]))
+            read = functools.partial(_read_rows, b, own)
+            found[part] = {**pair, "lora_B": b._replace(shape=(rows[i], *b.shape[1:]), read=read)}
+    return found
+
+
+def _read_rows(stored, rows):
+    return stored.read()[rows]
 
 
 def check_targets(
