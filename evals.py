@@ -7,7 +7,7 @@
     python evals.py FOLDER --instructions FILE.json       as for train.py --data
     python -m pytest tests/test_evals.py
 
-FOLDER is a model folder (float, quantized, merged), a run of train.py, or a Q4_1 .gguf file. How it
+FOLDER is a model folder (float, quantized, merged), a run of train.py, or a .gguf file. How it
 is judged:
 
 * Perplexity: the text is one stream after BOS, cut into adjacent windows that overlap by one token,
@@ -460,7 +460,7 @@ def read_options() -> argparse.Namespace:
     """The options of the command, checked."""
     parser = Parser(prog="evals.py", description=__doc__)
     add = parser.add_argument
-    add("folder", help="a model folder, a run of train.py or a Q4_1 .gguf file")
+    add("folder", help="a model folder, a run of train.py or a .gguf file")
     add("--perplexity", metavar="FILE.txt", help="perplexity of a text file")
     add("--window", type=int, help="tokens in a window of --perplexity (2048, or the context)")
     add("--multiple-choice", metavar="FILE.jsonl", help="lines of question, choices, answer")

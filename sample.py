@@ -6,7 +6,7 @@
     python sample.py FOLDER --chat --system "Be brief."   one turn after another, until Ctrl-D
     python -m pytest tests/test_sample.py
 
-FOLDER is a model folder (float, quantized, merged), a run of train.py, or a Q4_1 .gguf file.
+FOLDER is a model folder (float, quantized, merged), a run of train.py, or a .gguf file.
 `--prompt` is shown and continued as it is. `--instruction` and `--chat` ask in the format that the
 model was fine-tuned in, or else in its own chat template, or in Alpaca's; only the answer is shown.
 A chat that outgrows the model's context loses its first turns. Greedy, so the same every time,
@@ -181,7 +181,7 @@ def read_options() -> argparse.Namespace:
     """The options of the command, checked."""
     parser = Parser(prog="sample.py", description=__doc__)
     add = parser.add_argument
-    add("folder", help="a model folder, a run of train.py or a Q4_1 .gguf file")
+    add("folder", help="a model folder, a run of train.py or a .gguf file")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")
     what.add_argument("--instruction", help="what to do, asked as the model was trained")

@@ -116,7 +116,7 @@ def option_parser(description: str) -> Parser:
     size, number = positive(int), positive(float)
     names = " ".join(CONFIGS)
     add("--model", help=f"tiny (default without --weights), or the weights' size: {names}")
-    add("--weights", help="a LLaMA: a folder, a Q4_1 .gguf file, or ORG/NAME on Hugging Face")
+    add("--weights", help="a LLaMA: a folder, a .gguf file, or ORG/NAME on Hugging Face")
     add("--tokenizer", help="its tokenizer.model or tokenizer.json, where the weights have none")
     add("--data", help="JSON, JSONL, CSV, Parquet, text; or ORG/NAME[:FILE] on Hugging Face")
     add("--template", help="alpaca, or a file in Jinja (the model's own chat template, if any)")

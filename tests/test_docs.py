@@ -18,15 +18,20 @@ import shutil
 import pytest
 import torch
 from helpers_docs import BLOCK, blocks, commands, run_here
-from helpers_runs import ROOT
+from helpers_gguf import Type, quantize_file
+from helpers_gptq import Folder
+from helpers_runs import CONFIG, ROOT
+from safetensors.torch import save_file
 
 import compare
 from cli.comparison import differences, summary
+from cli.files import remove
 from cli.settings import option_parser
 from cli.toy import table
 from formats.quantized import quantized_skeleton
 from llama import CONFIGS, Llama
 from qalora import adapter_parameters, add_adapters
+from text.tokenizer import load_tokenizer
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TYPED_BY_CI = (
@@ -35,7 +40,8 @@ TYPED_BY_CI = (
     "python -m pytest tests/test_specification.py",
 )
 MARKS = ("needs-weights", "needs-smollm2", "needs-network", "slow")
-OTHER_PROGRAMS = ("llama-cli",)
+LLAMACPP_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+OTHER_PROGRAMS = ("llama-cli", "mlx_lm.generate")
 LITTLE = ["--steps", "2", "--rank", "2", "--max-length", "96", "--quantizer", "rtn"]
 LITTLE += ["--batch-size", "4", "--micro-batch-size", "2", "--device", "cpu"]
 
@@ -44,22 +50,41 @@ def small(words):
     """A command about a 7B, made one about small random weights that takes a second."""
     words = [word for word in words if word not in ("--model", "7b")]
     if words[1] == "train.py" and "--resume" not in words:
-        from_gguf = any(word.endswith(".gguf") for word in words)
-        words += [word for word in LITTLE if not (from_gguf and word in ("--quantizer", "rtn"))]
+        is_float = words[words.index("--weights") + 1] == "DIR"
+        words += [word for word in LITTLE if is_float or word not in ("--quantizer", "rtn")]
     if words[1] == "sample.py":
         words += ["--max-new-tokens", "4"]
     return words
 
 
+def foreign_models(tokenizer):
+    """model.Q4_0.gguf, GPTQ_DIR and an adapter over it, PEFT_DIR, as others make them."""
+    types = dict.fromkeys(LLAMACPP_LINEARS, Type.Q4_0)
+    quantize_file("model.Q4_0.gguf", CONFIG, tokenizer, Type.F16, mixed=types)
+    Folder(config=CONFIG, group_size=32).write(pathlib.Path("GPTQ_DIR"))
+    tokenizer.save("GPTQ_DIR")
+    pathlib.Path("PEFT_DIR").mkdir()
+    fields = {"peft_type": "LORA", "use_qalora": True, "qalora_group_size": 32}
+    fields |= {"r": 2, "lora_alpha": 16, "target_modules": ["v_proj"]}
+    pathlib.Path("PEFT_DIR/adapter_config.json").write_text(json.dumps(fields))
+    tensors = {}
+    for i in range(CONFIG.num_hidden_layers):
+        layer = f"base_model.model.model.layers.{i}.self_attn.v_proj"
+        tensors[f"{layer}.lora_A.weight"] = torch.ones(2, 2)
+        tensors[f"{layer}.lora_B.weight"] = torch.full((32, 2), 1e-3)
+    save_file(tensors, "PEFT_DIR/adapter_model.safetensors")
+
+
 @pytest.fixture
 def place(world, whole, tmp_path, monkeypatch):
-    """A folder with everything that the pages name: DIR, alpaca.json, model.Q4_1.gguf and more."""
+    """A folder with everything that the pages name: DIR, alpaca.json, GPTQ_DIR and more."""
     pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world / "weights", "DIR")
     shutil.copy(world / "records.json", "alpaca.json")
     shutil.copy(world / "weights" / "tokenizer.model", tmp_path)
-    run_here(["python", "export.py", str(whole), "--out", "model.Q4_1.gguf"], monkeypatch)
+    run_here(["python", "export.py", str(whole), "--out", "MLX_DIR"], monkeypatch)
+    foreign_models(load_tokenizer(tmp_path / "tokenizer.model"))
     pathlib.Path("wiki.txt").write_text("Once upon a time there was a town. " * 20)
     question = {"question": "A town is", "choices": ["a place", "a song"], "answer": 0}
     pathlib.Path("hellaswag.jsonl").write_text(json.dumps(question) + "\n")
@@ -75,6 +100,8 @@ def place(world, whole, tmp_path, monkeypatch):
 def test_commands_about_a_real_llama_run_on_small_weights(page, place, monkeypatch):
     for words in commands(page, "needs-weights"):
         if words[0] not in OTHER_PROGRAMS:
+            if words[1] in ("export.py", "merge.py"):  # a page may write to one place again
+                remove(pathlib.Path(words[words.index("--out") + 1]))
             if words[1] == "train.py" and "--resume" not in words:
                 shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
             monkeypatch.setattr("sys.stdin", io.StringIO("What is a town?"))  # to chat about
