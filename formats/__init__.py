@@ -25,7 +25,7 @@ from types import ModuleType
 import torch
 
 from cli.errors import UserError
-from formats import gguf, huggingface, meta, quantized, run
+from formats import gguf, huggingface, meta, mlx, quantized, run
 from formats.files import fingerprint_of
 from llama import Llama, LlamaConfig
 from text import tokenizer as tokenizer_files
@@ -49,6 +49,7 @@ __all__ = [
 FORMATS = {  # the file in a folder, or the end of a file's name; the first that matches is the one
     run: "run.json",
     gguf: ".gguf",
+    mlx: "config.json",
     quantized: "config.json",
     huggingface: "config.json",
     meta: "params.json",
