@@ -12,6 +12,7 @@ Nothing here needs the `mlx` package. What is read and what is refused follows m
 """
 
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -375,7 +376,7 @@ def read_layout(rest: pathlib.Path, layers: dict) -> tuple[str, dict[str, torch.
     with safetensors.safe_open(rest, framework="pt") as file:
         layout = file.metadata() or {}
     dtypes = json_object(layout.get("dtypes", "{}").encode(), rest)
-    wanted = {f"{name}.{part}" for name in layers for part in ("scales", "biases")}
+    wanted = {f"{name}.scales" for name in layers} | {f"{name}.biases" for name in layers}
     known = all(dtype in list(FLOATS) for dtype in dtypes.values())
     if "config" not in layout or dtypes.keys() != wanted or not known:
         raise UserError(
@@ -457,7 +458,7 @@ def rounding_lines(
             largest = max(largest, steps.max().item())
         total += steps.sum(dtype=torch.float64).item()
         count += len(steps)
-    kinds = {str(dtype).removeprefix("torch.") for pair in dtypes.values() for dtype in pair}
+    kinds = {str(dtype).removeprefix("torch.") for dtype in itertools.chain(*dtypes.values())}
     written = f"its scales and offsets are {' and '.join(sorted(kinds))}"
     if not largest:
         return [f"{written}, and none is rounded"]
