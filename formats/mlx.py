@@ -471,9 +471,9 @@ def rounding_lines(
 def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
     """Writes a tokenizer's files, and in tokenizer_config.json what mlx-lm's transformers needs.
 
-    That is which tokens are BOS and EOS, and for a sentencepiece model whether BOS is put before a
-    text. There the class is left out: transformers 5 makes other tokens of runs of spaces in its
-    LlamaTokenizer than it does without a name.
+    That is which tokens are BOS and EOS, and the class that takes the vocabulary as it is: for a
+    tokenizer.json the general one, for a sentencepiece model none. In LlamaTokenizer transformers 5
+    makes other tokens of texts with runs of spaces, or with one at the beginning.
     """
     tokenizer.save(folder)
     file, pieces = folder / "tokenizer_config.json", tokenizer.vocabulary.pieces
@@ -481,8 +481,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
     fields = {"eos_token": pieces[tokenizer.eos], **before}
     if tokenizer.named_bos is not None:
         fields.setdefault("bos_token", pieces[tokenizer.named_bos])
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     if MODEL in tokenizer.files:
-        fields.pop("tokenizer_class", None)
+        del fields["tokenizer_class"]
         fields["add_bos_token"] = bool(tokenizer.bos)
     if fields != before:
         file.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,8 @@
 
 A person runs this. mlx-lm loads each folder and computes in float32: its parameters are cast, which
 leaves every scale and offset as it is. Logits are compared with ours and with a LLaMA in float64 on
-the folder's own numbers. Greedy texts and the tokens of texts must be equal.
+the folder's own numbers. They are equal to 1e-6, or in deep models as far from float64 as ours are,
+up to three times: that is float32's rounding. Greedy texts and the tokens of texts must be equal.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 
@@ -31,6 +33,7 @@ from mlx.utils import tree_map  # noqa: E402
 
 import formats  # noqa: E402
 from export import export_mlx  # noqa: E402
+from formats.files import MLX_REST  # noqa: E402
 from formats.huggingface import save_pretrained  # noqa: E402
 from formats.quantized import save_quantized  # noqa: E402
 from llama import Llama, linears, load_pretrained  # noqa: E402
@@ -121,7 +124,7 @@ def compare(name, folder, written, prompts, texts, count=24, rounded=False):
     whole = [*tokenizer.bos, *tokenizer.encode(texts[0])]
     stops = theirs.tokenizer.eos_token_ids == set(tokenizer.stops)
     begins = theirs.tokenizer.encode(texts[0]) == whole
-    good = their_error < 2 * LIMIT if rounded else apart < max(LIMIT, our_error + their_error)
+    good = apart < LIMIT or their_error < (2 * LIMIT if rounded else 3 * our_error)
     good &= greedy == len(prompts) and same == len(texts) and stops and begins
     found = f"{apart:.1e}  {our_error:.1e}  {their_error:.1e}  {greedy} of {len(prompts)}  "
     found += f"{same} of {len(texts)}  {'yes' if stops and begins else 'no'}"
@@ -200,6 +203,8 @@ def check_back_and_forth(run, out):
         dense.weight.data = layer.dequantize()
         model.set_submodule(name, dense)
     save_pretrained(model, folder)
+    world = make_world()
+    prompts = [encode_asking(record[:-1], tokenizer) for record in world.test[:5]]
     export_mlx(run, out / "with-tokenizer")
     for file in (out / "with-tokenizer").iterdir():
         if file.name not in ("config.json", "model.safetensors"):
@@ -218,10 +223,13 @@ def check_back_and_forth(run, out):
             other = after.tensors[name]
             equal &= tensor.dtype == other.dtype and torch.equal(tensor, other)
         report(f"mlx_lm.convert, {recipe or '4 bits'}: in and out", equal, equal)
+        fresh = out / f"{recipe}-fresh"  # as of any other mixed model, with floats for 6 bits
+        shutil.copytree(base, fresh)
+        (fresh / MLX_REST).unlink()
+        export_mlx(fresh, out / f"{recipe}-out")
+        compare("  as a new folder", fresh, out / f"{recipe}-out", prompts, texts_of(world.test))
         adapted(base)
         export_mlx(base, out / f"{recipe}-adapted")
-        world = make_world()
-        prompts = [encode_asking(record[:-1], tokenizer) for record in world.test[:5]]
         compare(
             "  and with an adapter",
             base,

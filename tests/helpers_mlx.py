@@ -13,10 +13,12 @@ from fixtures_gguf import CONFIG
 from safetensors.torch import load_file, save_file
 
 from formats.huggingface import parameter_shapes
+from qalora import adapter_parameters, add_adapters
 
 mx = pytest.importorskip("mlx.core", reason='needs mlx: pip install "mlx[cpu]"')
 
 BLOCKS = "model.layers"
+TOKENS = [1, 290, 5, 77, 123, 280, 4, 260, 261, 12]
 
 
 def codes_of(words, bits):
@@ -97,6 +99,28 @@ def relative(found, expected):
 
 def as_bytes(tensor):
     return tensor.dtype, tensor.shape, tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def our_logits(model):
+    with torch.no_grad():
+        return model.float()(torch.tensor([TOKENS]))[0].double().numpy()
+
+
+def tune(model, targets, steps=3):
+    """A random adapter, and a few steps of training; returns the adapted model's logits."""
+    torch.manual_seed(0)
+    add_adapters(model, 2, 4.0, targets)
+    parameters = adapter_parameters(model).values()
+    for p in parameters:
+        p.data.normal_(0, 0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    tokens = torch.tensor([TOKENS])
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
 
 
 # ---- folders

@@ -16,6 +16,7 @@ from helpers_mlx import (
     DOWN,
     DTYPES,
     MIXED,
+    TOKENS,
     FromFolder,
     Q,
     V,
@@ -25,10 +26,12 @@ from helpers_mlx import (
     gone,
     mlx_folder,
     mx,
+    our_logits,
     put,
     relative,
     says,
     truncated,
+    tune,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,11 +47,8 @@ from formats.files import MLX_REST
 from formats.huggingface import save_pretrained
 from formats.quantized import save_quantized
 from llama import Llama, linears
-from qalora import adapter_parameters, add_adapters
 from quant import Quantized, QuantLinear
-from text.tokenizer import CHAT_TEMPLATE, load_tokenizer
-
-TOKENS = [1, 290, 5, 77, 123, 280, 4, 260, 261, 12]
+from text.tokenizer import CHAT_TEMPLATE, JSON, load_tokenizer
 
 
 @pytest.fixture
@@ -63,28 +63,6 @@ def base_of(tmp_path, tokenizer_file):
         return base
 
     return make
-
-
-def our_logits(model):
-    with torch.no_grad():
-        return model.float()(torch.tensor([TOKENS]))[0].double().numpy()
-
-
-def tune(model, targets, steps=3):
-    """A random adapter, and a few steps of training; returns the adapted model's logits."""
-    torch.manual_seed(0)
-    add_adapters(model, 2, 4.0, targets)
-    parameters = adapter_parameters(model).values()
-    for p in parameters:
-        p.data.normal_(0, 0.05)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    tokens = torch.tensor([TOKENS])
-    for _ in range(steps):
-        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0], tokens[0, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model
 
 
 # ---- layers
@@ -404,11 +382,18 @@ def test_groups_that_mlx_lacks_and_float_models_are_refused(folder_of, tmp_path)
 
 def test_the_tokenizer_says_what_transformers_has_to_be_told(folder_of, tmp_path):
     folder = folder_of()
+    tokenizer = load_tokenizer(folder)
+    in_json = dataclasses.replace(tokenizer, files={JSON: b"{}"}, bos=())  # tokenizer.json's kind
+    (tmp_path / "json").mkdir()
+    mlx.write_tokenizer(in_json, tmp_path / "json")
+    said = json.loads((tmp_path / "json" / "tokenizer_config.json").read_text())
+    ends = {"bos_token": "<s>", "eos_token": "</s>"}
+    assert said == ends | {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "x": 1}')
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     export.export_mlx(folder, tmp_path / "out")
     said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert said == {"x": 1, "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    assert said == ends | {"x": 1, "add_bos_token": True}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [2, 5]
     ours, theirs = load_tokenizer(folder), load_tokenizer(tmp_path / "out")
     assert (theirs.bos, theirs.stops) == (ours.bos, ours.stops)
@@ -479,6 +464,15 @@ def test_train_py_starts_from_a_folder_of_mlx_and_again_from_what_became_of_it(
     assert (tmp_path / "out" / CHAT_TEMPLATE).read_text() == load_tokenizer(
         tmp_path / "run1" / "base"
     ).alpaca_template
+
+
+def test_a_model_that_came_from_mlx_goes_into_gguf(tmp_path, base_of):
+    pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
+    kinds = {"model.embed_tokens": None, "lm_head": (6, 64), Q: (2, 64), V: (3, 32)}
+    base = base_of(mlx_folder(tmp_path / "in", kinds, dtype=mx.float16))
+    export.export(base, tmp_path / "out.gguf")  # nothing rounds: all is float16
+    found = our_logits(formats.load_model(tmp_path / "out.gguf"))
+    assert np.array_equal(found, our_logits(formats.load_model(base)))
 
 
 def test_what_was_kept_of_a_folder_and_is_damaged_since_is_refused(tmp_path, base_of):
