@@ -210,3 +210,70 @@ def says(**changed):
 def truncated(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+W = "model.safetensors: tensor "
+BAD = {  # name: (a change of a folder that has the layers of MIXED, what is said of it)
+    "truncated": (truncated, "model.safetensors: .* truncated"),
+    "scales missing": (gone(f"{Q}.scales"), f"{W}{Q}.weight .* there is no {Q}.scales"),
+    "biases missing": (gone(f"{Q}.biases"), f"{W}{Q}.biases is missing"),
+    "weight missing": (gone(f"{Q}.weight"), f"{Q}.weight is missing"),
+    "NaN scale": (put(f"{Q}.scales", np.nan), f"{W}{Q}.scales has NaN"),
+    "overflow": (put("model.embed_tokens.scales", 3e38), f"{W}model.embed_tokens.weight has NaN"),
+    "infinite bias": (put(f"{V}.biases", np.inf), f"{W}{V}.biases has NaN or inf"),
+    "NaN embedding": (put("model.embed_tokens.scales", np.nan), "embed_tokens.scales has NaN"),
+    "NaN norm": (put("model.norm.weight", np.nan), f"{W}model.norm.weight has NaN"),
+    "no whole codes": (put(f"{Q}.weight", 0, lambda t: t[:, :-1]), f"{Q}.weight.*cannot hold"),
+    "rows": (put(f"{Q}.weight", 0, lambda t: t[:-1]), f"{Q}.weight.*cannot hold 64 rows"),
+    "groups of 16": (
+        put(f"{V}.scales", 0, lambda t: t.repeat(1, 2)),
+        f"{V}.scales.*cannot hold",
+    ),
+    "signed codes": (
+        put(f"{Q}.weight", 0, lambda t: t.view(torch.int32)),
+        f"{W}{Q}.weight holds torch.int32, not uint32",
+    ),
+    "8-bit scales": (
+        put(f"{Q}.scales", 0, lambda t: t.to(torch.uint8)),
+        f"{W}{Q}.scales holds torch.uint8",
+    ),
+    "64-bit scales": (put(f"{Q}.scales", 0, lambda t: t.double()), "holds torch.float64"),
+    "whole norm": (put("model.norm.weight", 0, lambda t: t.int()), "holds torch.int32, not float"),
+    "adapter": (
+        put(f"{Q}.lora_a", 0, lambda t: torch.ones(64, 8)),
+        f"{W}{Q}.lora_a is unexpected",
+    ),
+    "bias": (put(f"{Q}.bias", 0, lambda t: torch.ones(64)), f"{W}{Q}.bias is unexpected"),
+    "norm scales": (
+        put("model.norm.scales", 0, lambda t: torch.ones(1)),
+        f"{W}model.norm.scales is unexpected",
+    ),
+    "usual bits": (
+        says(quantization={"bits": 3}),
+        "config.json: model.* has 3 bits in groups of 32 by .*have 4 bits in groups of 32",
+    ),
+    "bits of one": (
+        says(quantization={Q: {"bits": 4, "group_size": 64}}),
+        f"config.json: {Q} has 4 bits in groups of 64 by .*, but .* 3 bits in groups of 64",
+    ),
+    "said to be float": (says(quantization={Q: False}), f"{Q} has floats by .* have 3 bits"),
+    "said to be usual": (says(quantization={Q: True}), f"{Q} has 4 bits in groups of 32 by"),
+    "said of a float one": (
+        says(quantization={"model.layers.1.self_attn.o_proj": {"bits": 4, "group_size": 32}}),
+        "o_proj has 4 bits in groups of 32 by .* have floats",
+    ),
+    "entry of text": (says(quantization={Q: "4"}), f'config.json: quantization.{Q} = "4" has no'),
+    "entry of half": (says(quantization={Q: {"bits": 3}}), f"quantization.{Q} = .* has no"),
+    "bits as text": (says(quantization={"bits": "4"}), "config.json: quantization = .* has no"),
+    "7 bits": (says(quantization={"bits": 7}), "config.json: quantization = .* has no"),
+    "groups as a float": (says(quantization={"group_size": 32.0}), "quantization = .* has no"),
+    "groups of 256": (says(quantization={"group_size": 256}), "quantization = .* has no"),
+    "mxfp4": (says(quantization={"mode": "mxfp4"}), 'config.json: .*mode "mxfp4" is not supp'),
+    "nvfp4 in one": (
+        says(quantization={Q: {"bits": 4, "group_size": 16, "mode": "nvfp4"}}),
+        f'quantization.{Q}: mode "nvfp4"',
+    ),
+    "rotation": (says(rope_traditional=True), "config.json: rope_traditional = true"),
+    "own code": (says(model_file="x.py"), "config.json: model_file"),
+    "biases in config": (says(attention_bias=True), "config.json: attention_bias = true"),
+}

@@ -5,7 +5,9 @@ itself runs in check_mlx_part.py.
 """
 
 import dataclasses
+import itertools
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from fixtures_gguf import CONFIG, TEXTS, TIED
 from helpers_mlx import (
+    BAD,
     DOWN,
     DTYPES,
     MIXED,
@@ -23,17 +26,13 @@ from helpers_mlx import (
     as_bytes,
     change_tensors,
     codes_of,
-    gone,
     mlx_folder,
     mx,
     our_logits,
-    put,
     relative,
-    says,
-    truncated,
     tune,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -43,7 +42,7 @@ import merge
 import train
 from cli.errors import UserError
 from formats import mlx, quantized
-from formats.files import MLX_REST
+from formats.files import MLX_REST, Stored
 from formats.huggingface import save_pretrained
 from formats.quantized import save_quantized
 from llama import Llama, linears
@@ -196,70 +195,31 @@ def test_our_own_folders_and_float_ones_are_not_taken_for_mlx(folder_of, tmp_pat
 # ---- what is no such folder
 
 
-W = "model.safetensors: tensor "
-BAD = {
-    "truncated": (truncated, "model.safetensors: .* truncated"),
-    "scales missing": (gone(f"{Q}.scales"), f"{W}{Q}.weight .* there is no {Q}.scales"),
-    "biases missing": (gone(f"{Q}.biases"), f"{W}{Q}.biases is missing"),
-    "weight missing": (gone(f"{Q}.weight"), f"{Q}.weight is missing"),
-    "NaN scale": (put(f"{Q}.scales", np.nan), f"{W}{Q}.scales has NaN"),
-    "infinite bias": (put(f"{V}.biases", np.inf), f"{W}{V}.biases has NaN or inf"),
-    "NaN embedding": (put("model.embed_tokens.scales", np.nan), "embed_tokens.scales has NaN"),
-    "NaN norm": (put("model.norm.weight", np.nan), f"{W}model.norm.weight has NaN"),
-    "no whole codes": (put(f"{Q}.weight", 0, lambda t: t[:, :-1]), f"{Q}.weight.*cannot hold"),
-    "rows": (put(f"{Q}.weight", 0, lambda t: t[:-1]), f"{Q}.weight.*cannot hold 64 rows"),
-    "groups of 16": (
-        put(f"{V}.scales", 0, lambda t: t.repeat(1, 2)),
-        f"{V}.scales.*cannot hold",
-    ),
-    "signed codes": (
-        put(f"{Q}.weight", 0, lambda t: t.view(torch.int32)),
-        f"{W}{Q}.weight holds torch.int32, not uint32",
-    ),
-    "8-bit scales": (
-        put(f"{Q}.scales", 0, lambda t: t.to(torch.uint8)),
-        f"{W}{Q}.scales holds torch.uint8",
-    ),
-    "64-bit scales": (put(f"{Q}.scales", 0, lambda t: t.double()), "holds torch.float64"),
-    "whole norm": (put("model.norm.weight", 0, lambda t: t.int()), "holds torch.int32, not float"),
-    "adapter": (
-        put(f"{Q}.lora_a", 0, lambda t: torch.ones(64, 8)),
-        f"{W}{Q}.lora_a is unexpected",
-    ),
-    "bias": (put(f"{Q}.bias", 0, lambda t: torch.ones(64)), f"{W}{Q}.bias is unexpected"),
-    "norm scales": (
-        put("model.norm.scales", 0, lambda t: torch.ones(1)),
-        f"{W}model.norm.scales is unexpected",
-    ),
-    "usual bits": (
-        says(quantization={"bits": 3}),
-        "config.json: model.* has 3 bits in groups of 32 by .*have 4 bits in groups of 32",
-    ),
-    "bits of one": (
-        says(quantization={Q: {"bits": 4, "group_size": 64}}),
-        f"config.json: {Q} has 4 bits in groups of 64 by .*, but .* 3 bits in groups of 64",
-    ),
-    "said to be float": (says(quantization={Q: False}), f"{Q} has floats by .* have 3 bits"),
-    "said to be usual": (says(quantization={Q: True}), f"{Q} has 4 bits in groups of 32 by"),
-    "said of a float one": (
-        says(quantization={"model.layers.1.self_attn.o_proj": {"bits": 4, "group_size": 32}}),
-        "o_proj has 4 bits in groups of 32 by .* have floats",
-    ),
-    "entry of text": (says(quantization={Q: "4"}), f'config.json: quantization.{Q} = "4" has no'),
-    "entry of half": (says(quantization={Q: {"bits": 3}}), f"quantization.{Q} = .* has no"),
-    "bits as text": (says(quantization={"bits": "4"}), "config.json: quantization = .* has no"),
-    "7 bits": (says(quantization={"bits": 7}), "config.json: quantization = .* has no"),
-    "groups as a float": (says(quantization={"group_size": 32.0}), "quantization = .* has no"),
-    "groups of 256": (says(quantization={"group_size": 256}), "quantization = .* has no"),
-    "mxfp4": (says(quantization={"mode": "mxfp4"}), 'config.json: .*mode "mxfp4" is not supp'),
-    "nvfp4 in one": (
-        says(quantization={Q: {"bits": 4, "group_size": 16, "mode": "nvfp4"}}),
-        f'quantization.{Q}: mode "nvfp4"',
-    ),
-    "rotation": (says(rope_traditional=True), "config.json: rope_traditional = true"),
-    "own code": (says(model_file="x.py"), "config.json: model_file"),
-    "biases in config": (says(attention_bias=True), "config.json: attention_bias = true"),
-}
+@given(
+    st.integers(1, 2),
+    st.integers(1, 40).map(lambda n: n * 32),
+    st.integers(1, 320),
+    st.sampled_from([1, 2, 3, 4, 8, 33]),
+    st.booleans(),
+)
+@settings(max_examples=300)
+@example(1, 1088, 136, 33, True)  # 1088 is 33 * 32 and a rest
+@example(1, 64, 8, 2, False)
+def test_shapes_tell_bits_and_groups_or_are_refused(rows, inputs, words, groups, alike):
+    shapes = {"weight": (rows, words), "scales": (rows, groups), "biases": (rows, groups + 1)}
+    if alike:
+        shapes["biases"] = rows, groups
+    found = {f"x.{n}": Stored(pathlib.Path("f"), f"x.{n}", s, None) for n, s in shapes.items()}
+    possible = [
+        (b, g)
+        for b, g in itertools.product((1, 2, 3, 4, 5, 6, 8), (32, 64, 128))
+        if words * 32 == inputs * b and groups * g == inputs and alike
+    ]
+    if possible:
+        assert [mlx.kind_of(found, "x", (rows, inputs))] == possible
+    else:
+        with pytest.raises(UserError, match="f: .*x.weight.* cannot hold"):
+            mlx.kind_of(found, "x", (rows, inputs))
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +284,8 @@ def test_mixed_layers_and_tied_ones_are_exported(tmp_path, base_of):
     assert "lm_head.weight" not in out.tensors and out.config["tie_word_embeddings"] is True
     model = formats.load_model(base)
     assert relative(our_logits(model), out.logits(TOKENS)) < 1e-5
+    export.export_mlx(base, tmp_path / "wide", "f32")
+    assert FromFolder(tmp_path / "wide").tensors[f"{Q}.scales"].dtype == torch.float32
     assert formats.format_of(tmp_path / "out") is mlx
     assert np.array_equal(our_logits(formats.load_model(tmp_path / "out")), our_logits(model))
 
