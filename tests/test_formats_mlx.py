@@ -34,6 +34,7 @@ from helpers_mlx import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import export
@@ -441,7 +442,14 @@ def test_what_was_kept_of_a_folder_and_is_damaged_since_is_refused(tmp_path, bas
     base = base_of(mlx_folder(tmp_path / "in"))
     kept, whole = base / MLX_REST, (base / MLX_REST).read_bytes()
     tensors = load_file(kept)
-    for metadata in (None, {"config": "{}"}, {"config": "{}", "dtypes": f'{{"{Q}.scales": "x"}}'}):
+    with safe_open(kept, framework="pt") as file:
+        dtypes = file.metadata()["dtypes"]
+    for metadata in (
+        None,
+        {"dtypes": dtypes},
+        {"config": "{}"},
+        {"config": "{}", "dtypes": dtypes.replace("bfloat16", "x")},
+    ):
         save_file(tensors, kept, metadata=metadata)
         with pytest.raises(UserError, match="mlx.safetensors is damaged, or was not written by"):
             export.export_mlx(base, tmp_path / "out")
