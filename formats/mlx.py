@@ -325,15 +325,14 @@ def write_mlx(
     )
     half = scales == "f16" or (exact and scales is None)
     dtype = torch.float16 if half else torch.float32
-    lines = rounding_lines(layers, dict.fromkeys(layers, (dtype, dtype)))
+    dtypes = dict.fromkeys(layers, (dtype, dtype))
+    lines = rounding_lines(layers, dtypes)
     for size in sorted({layer.group_size for layer in layers.values()} - set(GROUPS)):
         lines.append(
             f"its groups of {size} became groups of {mlx_group(size)} that repeat scale and offset"
         )
-    tensors = {name: p.detach() for name, p in model.named_parameters()}  # tied ones once
-    for name, layer in layers.items():
-        tensors |= as_affine(name, layer, dtype, dtype)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
+    floats = {name: p.detach() for name, p in model.named_parameters()}  # tied ones once
+    write_weights(folder, floats, layers, dtypes)
     stops = tokenizer.stops[0] if len(tokenizer.stops) == 1 else list(tokenizer.stops)
     entry = mlx_quantization(model)
     extra = {"eos_token_id": stops, "quantization": entry, "quantization_config": entry}
@@ -362,13 +361,23 @@ def write_back(
         kept_or_rounded = scales == "f16" or holds(bias, layer.offset)
         dtypes[name] = scale, bias if kept_or_rounded else torch.float32
     lines = rounding_lines(layers, dtypes)
-    tensors = {name: stored.read() for name, stored in kept.items()}
-    for name, layer in layers.items():
-        tensors |= as_affine(name, layer, *dtypes[name])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
+    untouched = {name: stored.read() for name, stored in kept.items()}
+    write_weights(folder, untouched, layers, dtypes)
     (folder / "config.json").write_text(config, encoding="utf-8")
     write_tokenizer(tokenizer, folder)
     return lines
+
+
+def write_weights(
+    folder: pathlib.Path,
+    tensors: dict[str, Tensor],
+    layers: dict[str, QuantLinear],
+    dtypes: dict[str, tuple[torch.dtype, torch.dtype]],
+) -> None:
+    """Writes `tensors` as they are, and the layers with scales and biases in `dtypes`."""
+    for name, layer in layers.items():
+        tensors |= as_affine(name, layer, *dtypes[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
 
 
 def read_layout(rest: pathlib.Path, layers: dict) -> tuple[str, dict[str, torch.dtype]]:

@@ -295,7 +295,7 @@ def test_rounding_to_float16_is_reported_in_steps(folder_of, tmp_path):
     folder = folder_of()
     model = formats.load_model(folder)
     layer = model.get_submodule(Q)
-    layer.scale = layer.scale.float() * (1 + 2**-13)  # between two numbers of float16
+    layer.scale = layer.scale.float() * -(1 + 2**-13)  # between two numbers of float16
     save_quantized(model, folder)
     told = export.export_mlx(folder, tmp_path / "half", "f16")
     out, moved = FromFolder(tmp_path / "half"), []
@@ -304,7 +304,7 @@ def test_rounding_to_float16_is_reported_in_steps(folder_of, tmp_path):
         d_scale = out.tensors[f"{name}.scales"].double() - layer.scale.double()
         d_offset = out.tensors[f"{name}.biases"].double() - layer.offset.double()
         ends = torch.stack([d_offset, d_offset + 15 * d_scale]).abs().amax(0)
-        moved.append((ends / layer.scale.double()).flatten())
+        moved.append((ends / layer.scale.double().abs()).flatten())
     moved = torch.cat(moved)
     assert (
         f"by {moved.mean():.2g} of a quantization step on average, {moved.max():.2g} at" in told[1]
