@@ -329,6 +329,8 @@ def test_an_option_of_the_other_format_is_refused(folder_of, tmp_path, run):
         with pytest.raises(UserError, match=f"{option} is for an? "):
             run(export, folder_of(name=name + "in"), "--out", tmp_path / name, option, "f32")
         assert not (tmp_path / name).exists()
+    with pytest.raises(UserError, match="config.json is no folder"):
+        run(export, tmp_path / "outin" / "config.json", "--out", tmp_path / "out")
 
 
 def test_groups_that_mlx_lacks_and_float_models_are_refused(folder_of, tmp_path):
@@ -424,6 +426,8 @@ def test_train_py_starts_from_a_folder_of_mlx_and_again_from_what_became_of_it(
     for name, tensor in before.tensors.items():
         same = as_bytes(tensor) == as_bytes(after.tensors[name])
         assert same == (name not in trained), name
+    run(export, tmp_path / "run1", "--out", tmp_path / "half", "--scales", "f16")
+    assert FromFolder(tmp_path / "half").tensors[trained[0]].dtype == torch.bfloat16
     assert (tmp_path / "out" / CHAT_TEMPLATE).read_text() == load_tokenizer(
         tmp_path / "run1" / "base"
     ).alpaca_template
