@@ -1,10 +1,14 @@
-"""A quantized model as a GGUF Q4_1 file, for llama.cpp and its relatives.
+"""A quantized model as a GGUF Q4_1 file, for llama.cpp, or as a folder for MLX.
 
     python export.py merged/7b --out llama-7b.Q4_1.gguf
     llama-cli -m llama-7b.Q4_1.gguf                  (or any other program that reads GGUF)
     python train.py --weights model.Q4_1.gguf --data alpaca.json
 
-Codes and scales are copied; only offsets round, to float16. `formats/gguf.py` says how.
+    python export.py merged/7b --out llama-7b-mlx
+    mlx_lm.generate --model llama-7b-mlx --prompt "Name three primary colours."
+
+Codes and scales are copied. In GGUF offsets round, to float16; in MLX's folders they need not, and
+codes of 2 and 3 bits keep their size. `formats/gguf.py` and `formats/mlx.py` say how.
 """
 
 import pathlib
@@ -14,7 +18,8 @@ import torch
 import formats
 from cli.errors import Parser, UserError, run_command
 from cli.files import check_new, new_file, written_whole
-from formats.files import GGUF_REST
+from formats import mlx
+from formats.files import GGUF_REST, MLX_REST
 from formats.gguf import write_gguf
 from formats.gguf_back import kinds_now, open_rest, write_back
 from formats.gguf_blocks import quantized_layers, rounding
@@ -31,9 +36,8 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
         raise UserError(f"{folder} is no folder; name a folder with a model or a run")
     model = formats.load_model(folder)
     layers = quantized_layers(model)
-    layer = next(iter(layers.values()))
-    rests = (folder / GGUF_REST, folder / "base" / GGUF_REST)
-    rest = next((open_rest(file) for file in rests if file.exists()), None)
+    file = rest_of(folder, GGUF_REST)
+    rest = open_rest(file) if file else None
     kinds = kinds_now(model, rest) if rest else dict.fromkeys(layers, "Q4_1")
     rounded = rounding({name: layers[name] for name, kind in kinds.items() if kind == "Q4_1"})
     if rest and embeddings:
@@ -55,27 +59,60 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
                 f"float16 rounds its {what} by {mean:.2g} of a quantization step on average, "
                 f"{largest:.2g} at most"
             )
-    if layer.bits < 4:
+    for bits in sorted({layer.bits for layer in layers.values()} - {4}):
         lines.append(
-            f"its {layer.bits}-bit codes take 4 bits each: Q4_1 has the same values, but is larger"
+            f"its {bits}-bit codes take 4 bits each: Q4_1 has the same values, but is larger; an "
+            "MLX folder keeps their size"
         )
-    if layer.group_size > 32:
-        lines.append(
-            f"its groups of {layer.group_size} became blocks of 32 that repeat scale and offset"
-        )
+    for size in sorted({layer.group_size for layer in layers.values()} - {32}):
+        lines.append(f"its groups of {size} became blocks of 32 that repeat scale and offset")
     return lines
+
+
+def export_mlx(source: pathlib.Path, out: pathlib.Path, scales: str | None = None) -> list[str]:
+    """Writes a quantized model, or a run, as the MLX folder `out`; returns the lines to print.
+
+    scales: "f16", "f32" or None, as `mlx.write_mlx` and `mlx.write_back` take it, which raise
+    UserError for a model that MLX cannot hold.
+    """
+    model, tokenizer = formats.load_model(source), formats.load_tokenizer(source)
+    rest = rest_of(source, MLX_REST)
+    with written_whole(out) as beside:
+        beside.mkdir()
+        if rest:
+            lines = mlx.write_back(model, tokenizer, rest, beside, scales)
+        else:
+            lines = mlx.write_mlx(model, tokenizer, beside, scales)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return [f"wrote {out}, {size / 1e6:.1f} MB", *lines]
+
+
+def rest_of(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    """What a model or the base of a run has kept of the file that it came from, if it has."""
+    files = (folder / name, folder / "base" / name)
+    return next((file for file in files if file.exists()), None)
 
 
 def main() -> None:
     """Runs the command line."""
     parser = Parser(prog="export.py", description=__doc__)
     add = parser.add_argument
-    add("folder", type=pathlib.Path, help="a merged or quantized model, or a finished run")
-    add("--out", type=new_file, required=True, help="the GGUF file to write")
-    add("--embeddings", choices=["f16", "f32"], help="type of embedding and output head (f16)")
+    add("model", type=pathlib.Path, help="a merged or quantized model, or a finished run")
+    add("--out", type=pathlib.Path, required=True, help="NAME.gguf, or else an MLX folder")
+    add("--embeddings", choices=["f16", "f32"], help="GGUF: type of embedding and head (f16)")
+    add("--scales", choices=["f16", "f32"], help="MLX: type of scales and offsets (f32 if needed)")
     args = parser.parse_args()
-    check_new(args.out)
-    for line in export(args.folder, args.out, args.embeddings):
+    is_gguf = args.out.suffix.lower() == ".gguf"
+    if is_gguf and args.scales:
+        raise UserError("--scales is for an MLX folder; in GGUF they are float16")
+    if args.embeddings and not is_gguf:
+        raise UserError("--embeddings is for a .gguf file; in an MLX folder they are as they were")
+    check_new(new_file(args.out) if is_gguf else args.out)
+    if is_gguf:
+        lines = export(args.model, args.out, args.embeddings)
+    else:
+        lines = export_mlx(args.model, args.out, args.scales)
+    for line in lines:
         print(line)
 
 

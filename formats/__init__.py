@@ -25,7 +25,7 @@ from types import ModuleType
 import torch
 
 from cli.errors import UserError
-from formats import gguf, gptq, huggingface, meta, quantized, run
+from formats import gguf, gptq, huggingface, meta, mlx, quantized, run
 from formats.files import fingerprint_of
 from llama import Llama, LlamaConfig
 from text import tokenizer as tokenizer_files
@@ -50,6 +50,7 @@ FORMATS = {  # the file in a folder, or the end of a file's name; the first that
     run: "run.json",
     gguf: ".gguf",
     gptq: "config.json",
+    mlx: "config.json",
     quantized: "config.json",
     huggingface: "config.json",
     meta: "params.json",

