@@ -1,15 +1,24 @@
-"""For check_clients.py: files that llama.cpp's own quantizer made, in, tuned, and out again."""
+"""Files that llama.cpp's own quantizer made: in, tuned (the adapter is random), and out again.
+
+`check_clients.py` runs this. Beside llama.cpp, which rounds activations to 8 bits on a CPU, stand
+llama.cpp on the same weights as float32, and transformers on the file, which round nothing.
+"""
 
 import ctypes
+import importlib.metadata
+import pathlib
 import shutil
+import sys
+import tempfile
 
-from helpers_llamacpp import AsInFile, LlamaCpp, Ours, relative_error  # isort: skip
+from helpers_llamacpp import AsInFile, LlamaCpp, Ours, Transformers, relative_error  # isort: skip
 
 import gguf
 import llama_cpp
 import numpy as np
 import torch
-from check_llamacpp import MATERIAL, dequantize_file, seed_texts
+import transformers
+from check_llamacpp import MATERIAL, dequantize_file, failures, report, seed_texts
 
 from export import export
 from formats import import_base, load_tokenizer, quantization_of
@@ -52,8 +61,8 @@ def tensors_in(file):
     return {t.name: t for t in gguf.GGUFReader(file).tensors}
 
 
-def check_types(out, report):
-    """Every type: untouched byte for byte; tuned, the same codes; llama.cpp's logits are ours."""
+def check_types(out):
+    """Every type: untouched byte for byte; tuned, the same codes; the clients' logits are ours."""
     source = float_file(out)
     tokenizer = load_tokenizer(MATERIAL / "llama-tokenizer.model")
     prompts = [[1, *tokenizer.encode(text)][:100] for text in seed_texts()[:3]]
@@ -82,11 +91,28 @@ def check_types(out, report):
         equal = sum(after[n].data.tobytes() == before[n].data.tobytes() for n in rest)
         report("  other tensors, equal bytes", f"{equal} of {len(rest)}", equal == len(rest))
         dequantize_file(out / "tuned.gguf", out / "float32.gguf", np.float32)
-        theirs, exact = LlamaCpp(out / "tuned.gguf"), LlamaCpp(out / "float32.gguf")
         ours, in_file = Ours(base), AsInFile(base, out / "tuned.gguf")
-        errors = [relative_error(exact.logits(p), in_file.logits(p)) for p in prompts]
-        found = f"{max(errors):.1e} at most"
-        report("  llama.cpp, weights as float32", found, max(errors) < 1e-5)
+        exact = {"llama.cpp, weights as float32": LlamaCpp(out / "float32.gguf")}
+        exact["transformers"] = Transformers(out / "tuned.gguf")
+        for client, model in exact.items():
+            errors = [relative_error(model.logits(p), in_file.logits(p)) for p in prompts]
+            found = f"{max(errors):.1e} at most"
+            report(f"  {client}", found, max(errors) < 1e-5)
+        theirs = LlamaCpp(out / "tuned.gguf")
         errors = [relative_error(theirs.logits(p), ours.logits(p)) for p in prompts]
         found = f"{np.mean(errors):.2%} on average, {max(errors):.2%} at most"
         report("  llama.cpp, activations of 8 bits", found, max(errors) < 0.05)
+
+
+def main():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    packages = ("llama-cpp-python", "transformers", "gguf")
+    print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
+    with tempfile.TemporaryDirectory() as out:
+        check_types(pathlib.Path(out))
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -42,7 +42,7 @@ TYPED_BY_CI = (
 MARKS = ("needs-weights", "needs-smollm2", "needs-network", "slow")
 LLAMACPP_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 OTHER_PROGRAMS = ("llama-cli", "mlx_lm.generate")
-LITTLE = ["--steps", "2", "--rank", "2", "--max-length", "96", "--quantizer", "rtn"]
+LITTLE = ["--steps", "2", "--rank", "2", "--max-length", "64", "--quantizer", "rtn"]
 LITTLE += ["--batch-size", "4", "--micro-batch-size", "2", "--device", "cpu"]
 
 

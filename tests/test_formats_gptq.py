@@ -1,7 +1,7 @@
 """GPTQ folders, written here number by number: codes, scales and zeros come out as they went in.
 
 A stream of codes is one large integer here, so nothing is shared with `formats/gptq.py`. What
-GPTQModel itself writes is read by tests/check_gptq_part.py.
+GPTQModel itself writes is read by tests/clients_gptq.py.
 """
 
 import dataclasses

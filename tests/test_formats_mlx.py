@@ -1,7 +1,7 @@
 """MLX's folders, in and out, against mlx's own quantize, dequantize and quantized_matmul.
 
 A whole model is compared with a LLaMA in float64 on the folder's numbers (helpers_mlx.py); mlx-lm
-itself runs in check_mlx_part.py.
+itself runs in clients_mlx.py.
 """
 
 import dataclasses
@@ -329,7 +329,7 @@ def test_an_option_of_the_other_format_is_refused(folder_of, tmp_path, run):
         with pytest.raises(UserError, match=f"{option} is for an? "):
             run(export, folder_of(name=name + "in"), "--out", tmp_path / name, option, "f32")
         assert not (tmp_path / name).exists()
-    with pytest.raises(UserError, match="config.json is no folder"):
+    with pytest.raises(UserError, match="config.json: found none of run.json"):
         run(export, tmp_path / "outin" / "config.json", "--out", tmp_path / "out")
 
 

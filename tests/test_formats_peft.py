@@ -1,7 +1,7 @@
 """QA-LoRA adapters in PEFT's folders: merged, they compute what their libraries' forward does.
 
 That forward pass stands here by hand in float64, from the sources that formats/peft.py names. That
-the libraries agree is checked with the libraries themselves in tests/check_peft_part.py.
+the libraries agree is checked with the libraries themselves in tests/clients_peft.py.
 """
 
 import json

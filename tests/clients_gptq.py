@@ -1,11 +1,8 @@
 """Do we read what GPTQModel writes?
 
-    pip install gptqmodel
-    python tests/check_gptq_part.py
-
-A person runs this; CI has no GPTQModel. First, layers that its TorchLinear packs from random
-weights, scales and zeros, the zeros 0 and greatest among them, saved as folders of LLaMAs. Then
-small models that GPTQModel quantizes and saves by itself. `formats` reads them, and
+`check_clients.py` runs this; CI has no GPTQModel. First, layers that its TorchLinear packs from
+random weights, scales and zeros, the zeros 0 and greatest among them, saved as folders of LLaMAs.
+Then small models that GPTQModel quantizes and saves by itself. `formats` reads them, and
 TorchLinear.dequantize_weight() is compared with the weight that we take from the folder. Theirs is
 in float16: a scale times a whole number, rounded once. Ours is exact, so it is rounded to float16
 here, and then must be equal. Logits are compared with GPTQModel's own, in float16 on a CPU.

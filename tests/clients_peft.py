@@ -1,14 +1,11 @@
 """Does a QA-LoRA adapter of PEFT, merged here, compute what PEFT computes?
 
-    pip install peft gptqmodel optimum
-    python tests/check_peft_part.py
-
-A person runs this; CI has neither, and compares with PEFT's formula in test_formats_peft.py. A
-small LLaMA of transformers gets GPTQ layers, packed by gptqmodel. PEFT puts a QA-LoRA adapter over
-them and saves it; A and B are random. Here the same layers are a quantized model, and the adapter
-is read from PEFT's folder and merged. Compared are every adapted layer's output and the logits, in
-float32: the largest error as a part of the largest magnitude. It ends with status 1 above 1e-5.
-"""
+`check_clients.py` runs this; CI has neither, and compares with PEFT's formula in
+test_formats_peft.py. A small LLaMA of transformers gets GPTQ layers, packed by gptqmodel. PEFT puts
+a QA-LoRA adapter over them and saves it; A and B are random. Here the same layers are a quantized
+model, and the adapter is read from PEFT's folder and merged. Compared are every adapted layer's
+output and the logits, in float32: the largest error as a part of the largest magnitude. It ends
+with status 1 above 1e-5. """
 
 import importlib.metadata
 import os
