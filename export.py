@@ -22,8 +22,8 @@ from formats import mlx
 from formats.files import GGUF_REST, MLX_REST
 from formats.gguf import write_gguf
 from formats.gguf_back import kinds_now, open_rest, write_back
-from formats.gguf_blocks import quantized_layers, rounding
 from formats.gguf_container import gguf_package
+from formats.groups import layers_in_groups, rounding
 
 
 def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = None) -> list[str]:
@@ -35,11 +35,12 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
     if folder.is_file():
         raise UserError(f"{folder} is no folder; name a folder with a model or a run")
     model = formats.load_model(folder)
-    layers = quantized_layers(model)
+    layers = layers_in_groups(model)
     file = rest_of(folder, GGUF_REST)
     rest = open_rest(file) if file else None
     kinds = kinds_now(model, rest) if rest else dict.fromkeys(layers, "Q4_1")
-    rounded = rounding({name: layers[name] for name, kind in kinds.items() if kind == "Q4_1"})
+    written = {name: layers[name] for name, kind in kinds.items() if kind == "Q4_1"}
+    rounded = rounding(written, dict.fromkeys(written, (torch.float16, torch.float16)))
     if rest and embeddings:
         raise UserError(
             f"{folder} came from a GGUF file, whose embeddings are written back as they were; "
@@ -53,12 +54,8 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
             dtype = torch.float32 if embeddings == "f32" else torch.float16
             write_gguf(model, tokenizer, beside, dtype)
     lines = [f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB"]
-    for what, (mean, largest) in rounded.items():
-        if what == "offsets" or largest:
-            lines.append(
-                f"float16 rounds its {what} by {mean:.2g} of a quantization step on average, "
-                f"{largest:.2g} at most"
-            )
+    if written:
+        lines.append(rounded)
     for bits in sorted({layer.bits for layer in layers.values()} - {4}):
         lines.append(
             f"its {bits}-bit codes take 4 bits each: Q4_1 has the same values, but is larger; an "

@@ -30,12 +30,12 @@ from formats.gguf_blocks import (
     from_blocks,
     in_file_order,
     in_our_order,
-    quantized_layers,
     rotary_heads,
 )
 from formats.gguf_container import gguf_name, gguf_package, write_tensors
 from formats.gguf_rope import ROPE_FREQS, divisors, linear_scaling, llama3_scaling
 from formats.gguf_vocabulary import tokenizer_of, write_vocabulary
+from formats.groups import layers_in_groups
 from formats.huggingface import parameter_shapes
 from formats.quantized import save_quantized
 from llama import LINEARS, Llama, LlamaConfig
@@ -371,7 +371,7 @@ def stored_tensors(model: Llama, embeddings: torch.dtype) -> dict[str, tuple]:
         dtype = torch.float32 if p.dim() == 1 else embeddings
         rows = in_file_order(p.detach(), rotary_heads(name, model.config))
         tensors[name] = p.shape, dtype, functools.partial(finite, name, rows, dtype)
-    for name, layer in quantized_layers(model).items():
+    for name, layer in layers_in_groups(model).items():
         shape = torch.Size((layer.out_features, layer.in_features // 32 * 20))
         read = functools.partial(to_blocks, layer, "Q4_1", None, rotary_heads(name, model.config))
         tensors[f"{name}.weight"] = shape, torch.uint8, read

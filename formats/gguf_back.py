@@ -26,7 +26,6 @@ from formats.gguf_blocks import (
     in_file_order,
     in_our_order,
     is_still,
-    quantized_layers,
     rotary_heads,
     to_q4_0,
     to_q4_1,
@@ -34,6 +33,7 @@ from formats.gguf_blocks import (
 )
 from formats.gguf_container import gguf_name, gguf_package, write_tensors
 from formats.gguf_vocabulary import with_format
+from formats.groups import layers_in_groups
 from llama import Llama, LlamaConfig
 from quant import QuantLinear
 from text.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def open_rest(path: pathlib.Path) -> Rest:
 def kinds_now(model: Llama, rest: Rest) -> dict[str, str]:
     """The type in which each layer in groups is written: its own while nothing changed, or Q4_1."""
     kinds = {}
-    for name, layer in quantized_layers(model).items():
+    for name, layer in layers_in_groups(model).items():
         kind = rest.kinds[name]
         same = is_still(layer, kind, rest.tensors.get(gguf_name(f"{name}.weight")))
         kinds[name] = kind if same else "Q4_1"
@@ -99,7 +99,7 @@ def write_back(model: Llama, tokenizer: Tokenizer, rest: Rest, path: pathlib.Pat
     reader = gguf_package().GGUFReader(path)
     kinds = kinds_now(model, rest)
     readers = {name: functools.partial(Tensor.clone, t) for name, t in rest.tensors.items()}
-    for name, layer in quantized_layers(model).items():
+    for name, layer in layers_in_groups(model).items():
         file_name = gguf_name(f"{name}.weight")
         order = rotary_heads(name, model.config)
         head = rest.tensors.get(file_name)

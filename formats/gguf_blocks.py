@@ -6,10 +6,10 @@ Layers come and go in our order of rows, blocks in the file's.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cli.errors import UserError
-from llama import LlamaConfig, linears
+from formats.groups import narrowed
+from llama import LlamaConfig
 from quant import Quantized, QuantLinear, unpack
 
 IN_GROUPS = ("Q4_0", "Q4_1", "Q4_K")  # what can take up an adapter
@@ -45,9 +45,7 @@ def from_q4_k(blocks: Tensor) -> Quantized:
     """
     head, pairs = blocks.unflatten(1, (-1, 144)).split([HEAD, 128], dim=-1)
     scale, offset = scales_of_q4_k(head)
-    if torch.equal(scale.half().float(), scale):
-        scale = scale.half()
-    return Quantized(_codes(pairs.unflatten(2, (4, 32))), scale, offset)
+    return Quantized(_codes(pairs.unflatten(2, (4, 32))), narrowed(scale), offset)
 
 
 def scales_of_q4_k(head: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,52 +136,3 @@ def in_file_order(rows: Tensor, heads: int | None) -> Tensor:
 def in_our_order(rows: Tensor, heads: int | None) -> Tensor:
     """The inverse of `in_file_order`."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else rows
-
-
-# ---- what fits, and what it costs
-
-
-def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """A model's layers in groups, by name; UserError where there is none, or one does not fit."""
-    layers = {name: m for name, m in linears(model) if isinstance(m, QuantLinear)}
-    if not layers:
-        raise UserError(
-            "no layer is quantized in groups; only what --method qalora trains can be exported"
-        )
-    for name, layer in layers.items():
-        if layer.group_size % 32:
-            raise UserError(
-                f"{name}: groups of {layer.group_size} do not fill Q4_1's blocks of 32 weights "
-                "with one scale and offset; quantize with a --group-size that is a multiple of 32"
-            )
-    return layers
-
-
-def rounding(layers: dict[str, QuantLinear]) -> dict[str, tuple[float, float]]:
-    """{"offsets": (mean, largest) change by float16, in quantization steps; "scales": likewise}.
-
-    A step is its group's scale; a change of the scale counts at the highest code, where it does
-    most. Groups with scale 0, whose weights are all equal, have no step and do not count. Raises
-    UserError, naming the layer, for what float16 cannot hold.
-    """
-    totals = {"offsets": [0.0, 0.0], "scales": [0.0, 0.0]}
-    count = 0
-    for name, layer in layers.items():
-        d, m = layer.scale.half(), layer.offset.half()
-        if not (m.isfinite().all() and d.isfinite().all()):
-            largest = f"{max(layer.offset.abs().max(), layer.scale.abs().max()).item():g}"
-            raise UserError(
-                f"{name}: an offset or a scale of {largest} is beyond float16, in which Q4_1 "
-                "stores it; the training has diverged, train again with a smaller --lr"
-            )
-        used = layer.scale != 0
-        step = layer.scale.float().abs()[used]
-        moved = {
-            "offsets": (m.float() - layer.offset).abs()[used] / step,
-            "scales": (d.float() - layer.scale).abs()[used] * (2**layer.bits - 1) / step,
-        }
-        count += len(step)
-        for what, steps in moved.items():
-            totals[what][0] += steps.sum(dtype=torch.float64).item()
-            totals[what][1] = max(totals[what][1], steps.max().item() if len(steps) else 0.0)
-    return {what: (total / max(count, 1), most) for what, (total, most) in totals.items()}

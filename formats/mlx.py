@@ -12,7 +12,6 @@ Nothing here needs the `mlx` package. What is read and what is refused follows m
 """
 
 import functools
-import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -21,14 +20,22 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from cli.errors import UserError
 from cli.files import json_object, read_json, written_whole
 from formats import huggingface
 from formats.files import MLX_REST, Stored, all_finite, fill, open_file, write_config
+from formats.groups import (
+    from_stream,
+    holds,
+    layers_in_groups,
+    narrowed,
+    rounding,
+    to_stream,
+)
 from formats.quantized import describe, quantized_skeleton, save_quantized
-from llama import LINEARS, Llama, LlamaConfig, linears
+from llama import LINEARS, Llama, LlamaConfig
 from quant import Quantized, QuantLinear, dequantize, unpack
 from text.tokenizer import MODEL, Tokenizer
 
@@ -39,37 +46,6 @@ FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 PLAIN = {"rope_traditional": False, "model_file": None}  # fields of mlx-lm, and what we compute
 
 files = huggingface.files
-
-
-# ---- codes
-
-
-def to_words(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [O, I], all below 2^bits, as uint32 words [O, I * bits / 32].
-
-    A row is one stream: code k takes the bits k * bits and up of its bytes, the lowest first.
-    """
-    codes = codes.unflatten(1, (-1, 8))  # eight codes are `bits` bytes
-    stream = codes.new_zeros(*codes.shape[:2], bits)
-    for k in range(8):
-        byte, shift = divmod(k * bits, 8)
-        stream[..., byte] |= codes[..., k] << shift
-        if shift + bits > 8:  # a code's high bits are the next byte's low ones
-            stream[..., byte + 1] |= codes[..., k] >> (8 - shift)
-    return stream.flatten(1).view(torch.uint32)
-
-
-def from_words(words: Tensor, bits: int) -> Tensor:
-    """The inverse: uint8 codes [O, I] of words [O, I * bits / 32]."""
-    stream = words.contiguous().view(torch.uint8).unflatten(1, (-1, bits))
-    codes = stream.new_empty(*stream.shape[:2], 8)
-    for k in range(8):
-        byte, shift = divmod(k * bits, 8)
-        code = stream[..., byte] >> shift
-        if shift + bits > 8:
-            code = code | stream[..., byte + 1] << (8 - shift)
-        codes[..., k] = code & (2**bits - 1)
-    return codes.flatten(1)
 
 
 # ---- reading: what every format has
@@ -267,7 +243,7 @@ def read_checked(stored: Stored, dtypes: Any) -> Tensor:
 def read_affine(found: dict[str, Stored], module: str, bits: int) -> Quantized:
     """The codes, scales and biases of a module, in the dtypes of the file."""
     weight, scales, biases = (found[f"{module}.{part}"] for part in PARTS)
-    codes = from_words(read_checked(weight, [torch.uint32]), bits)
+    codes = from_stream(read_checked(weight, [torch.uint32]), bits)
     floats = FLOATS.values()
     return Quantized(codes, read_checked(scales, floats), read_checked(biases, floats))
 
@@ -275,13 +251,7 @@ def read_affine(found: dict[str, Stored], module: str, bits: int) -> Quantized:
 def in_own_dtypes(quantized: Quantized) -> Quantized:
     """With scales in float16 where that holds them, else in float32, and offsets in float32."""
     codes, scale, offset = quantized
-    dtype = torch.float16 if holds(torch.float16, scale) else torch.float32
-    return Quantized(codes, scale.to(dtype), offset.float())
-
-
-def holds(dtype: torch.dtype, values: Tensor) -> bool:
-    """Whether `dtype` has just these values."""
-    return torch.equal(values.to(dtype).double(), values.double())
+    return Quantized(codes, narrowed(scale), offset.float())
 
 
 def dequantized(read: Callable[[], Quantized], stored: Stored) -> Tensor:
@@ -318,7 +288,7 @@ def write_mlx(
     where that holds all of them. Embedding, norms, head and layers that stayed float keep their
     dtype. Raises UserError for groups that MLX does not have, or what float16 cannot hold.
     """
-    layers = quantized_layers(model)
+    layers = layers_in_groups(model)
     exact = all(
         holds(torch.float16, layer.scale) and holds(torch.float16, layer.offset)
         for layer in layers.values()
@@ -326,7 +296,7 @@ def write_mlx(
     half = scales == "f16" or (exact and scales is None)
     dtype = torch.float16 if half else torch.float32
     dtypes = dict.fromkeys(layers, (dtype, dtype))
-    lines = rounding_lines(layers, dtypes)
+    lines = [rounding(layers, dtypes)]
     for size in sorted({layer.group_size for layer in layers.values()} - set(GROUPS)):
         lines.append(
             f"its groups of {size} became groups of {mlx_group(size)} that repeat scale and offset"
@@ -353,14 +323,14 @@ def write_back(
     rest: what `save_rest` has kept. Biases that their own dtype does not hold are written in
     float32; scales "f16" rounds them to their own dtype. Raises UserError where `rest` is damaged.
     """
-    layers, kept = quantized_layers(model), open_file(rest)
+    layers, kept = layers_in_groups(model), open_file(rest)
     config, own = read_layout(rest, layers)
     dtypes = {}
     for name, layer in layers.items():
         scale, bias = own[f"{name}.scales"], own[f"{name}.biases"]
         kept_or_rounded = scales == "f16" or holds(bias, layer.offset)
         dtypes[name] = scale, bias if kept_or_rounded else torch.float32
-    lines = rounding_lines(layers, dtypes)
+    lines = [rounding(layers, dtypes)]
     untouched = {name: stored.read() for name, stored in kept.items()}
     write_weights(folder, untouched, layers, dtypes)
     (folder / "config.json").write_text(config, encoding="utf-8")
@@ -395,26 +365,9 @@ def read_layout(rest: pathlib.Path, layers: dict) -> tuple[str, dict[str, torch.
     return layout["config"], {name: FLOATS[dtype] for name, dtype in dtypes.items()}
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The layers in groups by name; UserError where there is none, or a group that MLX lacks."""
-    layers = {name: layer for name, layer in linears(model) if isinstance(layer, QuantLinear)}
-    if not layers:
-        raise UserError(
-            "the model is not quantized in groups; only what --method qalora trains goes into an "
-            "MLX folder"
-        )
-    for name, layer in layers.items():
-        if mlx_group(layer.group_size) is None:
-            raise UserError(
-                f"{name}: groups of {layer.group_size} are no multiple of MLX's, of 32, 64 or 128; "
-                "quantize with such a --group-size"
-            )
-    return layers
-
-
-def mlx_group(group_size: int) -> int | None:
-    """MLX's largest group of which `group_size` is a multiple."""
-    return next((size for size in GROUPS if group_size % size == 0), None)
+def mlx_group(group_size: int) -> int:
+    """MLX's largest group of which `group_size`, a multiple of 32, is one."""
+    return next(size for size in GROUPS if group_size % size == 0)
 
 
 def mlx_quantization(model: Llama) -> dict:
@@ -437,44 +390,10 @@ def as_affine(
     times = layer.group_size // mlx_group(layer.group_size)
     codes = unpack(layer.packed, layer.bits, layer.in_features)
     return {
-        f"{name}.weight": to_words(codes, layer.bits),
+        f"{name}.weight": to_stream(codes, layer.bits),
         f"{name}.scales": layer.scale.to(scale).repeat_interleave(times, dim=1),
         f"{name}.biases": layer.offset.to(bias).repeat_interleave(times, dim=1),
     }
-
-
-def rounding_lines(
-    layers: dict[str, QuantLinear], dtypes: dict[str, tuple[torch.dtype, torch.dtype]]
-) -> list[str]:
-    """What to print of scales and biases in `dtypes`: by how much they move weights.
-
-    In quantization steps: the scale of a weight's group. Groups with scale 0 have none, and do not
-    count. Raises UserError, naming the layer, for what a dtype cannot hold.
-    """
-    largest, total, count = 0.0, 0.0, 0
-    for name, layer in layers.items():
-        moved = []
-        for values, dtype in zip((layer.scale, layer.offset), dtypes[name], strict=True):
-            if not values.to(dtype).isfinite().all():
-                raise UserError(
-                    f"{name}: {values.abs().max().item():g} is beyond {dtype}; leave out --scales, "
-                    "or train again with a smaller --lr"
-                )
-            moved.append(values.to(dtype).float() - values.float())
-        ends = torch.stack([moved[1], moved[1] + (2**layer.bits - 1) * moved[0]]).abs()
-        steps = (ends.amax(dim=0) / layer.scale.float().abs())[layer.scale != 0]
-        if len(steps):
-            largest = max(largest, steps.max().item())
-        total += steps.sum(dtype=torch.float64).item()
-        count += len(steps)
-    kinds = {str(dtype).removeprefix("torch.") for dtype in itertools.chain(*dtypes.values())}
-    written = f"its scales and offsets are {' and '.join(sorted(kinds))}"
-    if not largest:
-        return [f"{written}, and none is rounded"]
-    return [
-        f"{written}, whose rounding moves weights by {total / count:.2g} of a quantization step on "
-        f"average, {largest:.2g} at most"
-    ]
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:

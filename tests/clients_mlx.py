@@ -4,7 +4,7 @@
 computes in float32: its parameters are cast, which leaves every scale and offset as it is. Logits
 are compared with ours and with a LLaMA in float64 on the folder's own numbers. They are equal to
 1e-6, or in deep models as far from float64 as ours are, up to three times: that is float32's
-rounding. Greedy texts and the tokens of texts must be equal. """
+rounding. Greedy texts and the tokens of texts must be equal."""
 
 import dataclasses
 import importlib.metadata

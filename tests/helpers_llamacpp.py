@@ -17,7 +17,8 @@ import transformers  # noqa: E402
 
 import formats  # noqa: E402
 from formats.gguf import gguf_name  # noqa: E402
-from formats.gguf_blocks import in_our_order, quantized_layers, rotary_heads  # noqa: E402
+from formats.gguf_blocks import in_our_order, rotary_heads  # noqa: E402
+from formats.groups import layers_in_groups  # noqa: E402
 from llama import LINEARS, generate, linears  # noqa: E402
 from quant import Quantized, dequantize, unpack  # noqa: E402
 
@@ -145,7 +146,7 @@ class AsInFile(Ours):
             t = tensors[gguf_name(name)]
             rows = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy())
             p.data = in_our_order(rows, rotary_heads(name, self.model.config))
-        for name, layer in quantized_layers(self.model).items():
+        for name, layer in layers_in_groups(self.model).items():
             if tensors[gguf_name(f"{name}.weight")].tensor_type.name == "Q4_1":
                 layer.scale, layer.offset = layer.scale.half(), layer.offset.half().float()
         self.head_type = tensors["output.weight"].tensor_type.name

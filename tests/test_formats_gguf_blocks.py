@@ -16,12 +16,11 @@ from formats.gguf_blocks import (
     in_file_order,
     in_our_order,
     is_still,
-    rounding,
     to_q4_0,
     to_q4_1,
     to_q4_k,
 )
-from quant import Quantized, QuantLinear, dequantize, quantize_rtn, unpack
+from quant import QuantLinear, dequantize, quantize_rtn, unpack
 from text.tokenizer import load_tokenizer
 
 matrices = st.tuples(
@@ -152,27 +151,6 @@ def test_rows_go_to_the_order_of_the_file_and_back(seed, heads):
         assert torch.equal(theirs[head * size + neighbour], rows[i])
     assert torch.equal(in_our_order(theirs, heads), rows)
     assert in_file_order(rows, None) is rows and in_our_order(rows, None) is rows
-
-
-def test_the_rounding_is_reported_in_quantization_steps():
-    codes = torch.zeros(1, 96, dtype=torch.uint8)
-    scale = torch.tensor([[-0.5, 0.25, 0.0]])
-    offset = torch.tensor(
-        [[1 + 2**-12, 1.0, 1 + 2**-12]]
-    )  # the last group's weights are all equal: no step
-    layer = QuantLinear.from_quantized(Quantized(codes, scale.half(), offset), 4)
-    assert rounding({"q_proj": layer}) == {"offsets": (2**-12, 2**-11), "scales": (0, 0)}
-    finer = torch.tensor([[0.5, 1 + 2**-12, 0.0]])  # at code 15 it moves a weight by 15 of these
-    layer = QuantLinear.from_quantized(Quantized(codes, finer, offset.half().float()), 4)
-    moved = 15 * 2**-12 / (1 + 2**-12)
-    expected = {"offsets": (0, 0), "scales": (pytest.approx(moved / 2), pytest.approx(moved))}
-    assert rounding({"q_proj": layer}) == expected
-
-
-def test_a_scale_that_float16_cannot_hold_is_refused():
-    quantized = Quantized(torch.zeros(1, 32).byte(), torch.full((1, 1), 1e5), torch.zeros(1, 1))
-    with pytest.raises(UserError, match="q_proj: an offset or a scale of 100000 is beyond float16"):
-        rounding({"q_proj": QuantLinear.from_quantized(quantized, 4)})
 
 
 def test_the_file_alone_tokenizes_like_sentencepiece(folder_of, tmp_path, tokenizer_file):
