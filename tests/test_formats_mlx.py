@@ -341,7 +341,7 @@ def test_groups_that_mlx_lacks_and_float_models_are_refused(folder_of, tmp_path)
     folder.mkdir()
     save_pretrained(Llama(CONFIG), folder)
     shutil.copyfile(tmp_path / "model" / "tokenizer.model", folder / "tokenizer.model")
-    with pytest.raises(UserError, match="not quantized in groups"):
+    with pytest.raises(UserError, match="no layer is quantized in groups"):
         export.export_mlx(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
