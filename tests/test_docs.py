@@ -7,6 +7,7 @@ marked `slow` or `needs-network` only parsed; test_cli_fetch.py runs the like of
 ```python blocks are run.
 """
 
+import importlib
 import io
 import json
 import pathlib
@@ -18,10 +19,7 @@ import shutil
 import pytest
 import torch
 from helpers_docs import BLOCK, blocks, commands, run_here
-from helpers_gguf import Type, quantize_file
-from helpers_gptq import Folder
-from helpers_runs import CONFIG, ROOT
-from safetensors.torch import save_file
+from helpers_runs import ROOT
 
 import compare
 from cli.comparison import differences, summary
@@ -40,7 +38,6 @@ TYPED_BY_CI = (
     "python -m pytest tests/test_specification.py",
 )
 MARKS = ("needs-weights", "needs-smollm2", "needs-network", "slow")
-LLAMACPP_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 OTHER_PROGRAMS = ("llama-cli", "mlx_lm.generate")
 LITTLE = ["--steps", "2", "--rank", "2", "--max-length", "64", "--quantizer", "rtn"]
 LITTLE += ["--batch-size", "4", "--micro-batch-size", "2", "--device", "cpu"]
@@ -57,24 +54,6 @@ def small(words):
     return words
 
 
-def foreign_models(tokenizer):
-    """model.Q4_0.gguf, GPTQ_DIR and an adapter over it, PEFT_DIR, as others make them."""
-    types = dict.fromkeys(LLAMACPP_LINEARS, Type.Q4_0)
-    quantize_file("model.Q4_0.gguf", CONFIG, tokenizer, Type.F16, mixed=types)
-    Folder(config=CONFIG, group_size=32).write(pathlib.Path("GPTQ_DIR"))
-    tokenizer.save("GPTQ_DIR")
-    pathlib.Path("PEFT_DIR").mkdir()
-    fields = {"peft_type": "LORA", "use_qalora": True, "qalora_group_size": 32}
-    fields |= {"r": 2, "lora_alpha": 16, "target_modules": ["v_proj"]}
-    pathlib.Path("PEFT_DIR/adapter_config.json").write_text(json.dumps(fields))
-    tensors = {}
-    for i in range(CONFIG.num_hidden_layers):
-        layer = f"base_model.model.model.layers.{i}.self_attn.v_proj"
-        tensors[f"{layer}.lora_A.weight"] = torch.ones(2, 2)
-        tensors[f"{layer}.lora_B.weight"] = torch.full((32, 2), 1e-3)
-    save_file(tensors, "PEFT_DIR/adapter_model.safetensors")
-
-
 @pytest.fixture
 def place(world, whole, tmp_path, monkeypatch):
     """A folder with everything that the pages name: DIR, alpaca.json, GPTQ_DIR and more."""
@@ -84,7 +63,7 @@ def place(world, whole, tmp_path, monkeypatch):
     shutil.copy(world / "records.json", "alpaca.json")
     shutil.copy(world / "weights" / "tokenizer.model", tmp_path)
     run_here(["python", "export.py", str(whole), "--out", "MLX_DIR"], monkeypatch)
-    foreign_models(load_tokenizer(tmp_path / "tokenizer.model"))
+    importlib.import_module("helpers_foreign").write(load_tokenizer(tmp_path / "tokenizer.model"))
     pathlib.Path("wiki.txt").write_text("Once upon a time there was a town. " * 20)
     question = {"question": "A town is", "choices": ["a place", "a song"], "answer": 0}
     pathlib.Path("hellaswag.jsonl").write_text(json.dumps(question) + "\n")
