@@ -5,7 +5,8 @@ test_formats_peft.py. A small LLaMA of transformers gets GPTQ layers, packed by 
 a QA-LoRA adapter over them and saves it; A and B are random. Here the same layers are a quantized
 model, and the adapter is read from PEFT's folder and merged. Compared are every adapted layer's
 output and the logits, in float32: the largest error as a part of the largest magnitude. It ends
-with status 1 above 1e-5."""
+with status 1 above 1e-5.
+"""
 
 import importlib.metadata
 import os

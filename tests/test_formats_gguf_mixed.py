@@ -38,7 +38,7 @@ MIXES = {  # name: (types by the ends of names, general.file_type, that after al
     "Q4_K_M": (K_M | {"token_embd": Type.Q4_K}, 15, 3),
     "all kinds": (
         {"attn_q": Type.Q4_K, "attn_k": Type.Q4_0, "0.attn_k": Type.F16, "0.attn_q": Type.Q8_0},
-        3,
+        2,
         3,
     ),
 }
