@@ -437,6 +437,13 @@ def check_quantized_weights(settings: Settings, kept: dict) -> None:
             f"{settings.weights} is quantized already, to {bits} bits in groups of {group_size}: "
             "leave out --method, --bits and --group-size"
         )
+    frozen = [name.rpartition(".")[2] for name, kind in kept.get("layers", {}).items() if not kind]
+    layers = config_of(settings.weights).num_hidden_layers
+    if all(frozen.count(target) == layers for target in settings.targets.split(",")):
+        raise UserError(
+            f"--targets {settings.targets}: none of them is quantized in groups in "
+            f"{settings.weights}; name others, or leave it out"
+        )
 
 
 def take_device(device: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers_runs import CONFIG, ENVIRONMENT, adapter, command, options, refusal, run, save_random
 
 import llama
@@ -106,6 +107,22 @@ def test_weights_that_are_quantized_tell_their_bits_and_group_size(world, tmp_pa
     for wrong in (dict(bits=4), dict(group_size=32), dict(method="lora", quantizer=None)):
         message = refusal(monkeypatch, *options(world, tmp_path / "run", weights=weights, **wrong))
         assert "is quantized already, to 3 bits in groups of 16" in message
+
+
+def test_targets_that_all_stayed_float_are_refused_at_once(world, tmp_path, monkeypatch):
+    weights = shutil.copytree(world / "weights", tmp_path / "merged")
+    model = quant.quantize_model(llama.load_pretrained(weights), 4, 32)
+    for block in model.model.layers:
+        block.mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
+    model.model.layers[0].mlp.gate_proj = torch.nn.Linear(64, 96, bias=False)
+    save_quantized(model, weights)
+    for targets, fits in (("up_proj", False), ("up_proj,gate_proj", True), ("gate_proj", True)):
+        words = options(world, tmp_path / "run", weights=weights, targets=targets)
+        if fits:
+            assert read(monkeypatch, *words)["targets"] == targets
+        else:
+            says = "--targets up_proj: none of them is quantized in groups in"
+            assert says in refusal(monkeypatch, *words)
 
 
 @pytest.mark.parametrize(
