@@ -19,11 +19,11 @@ import formats
 from cli.errors import Parser, UserError, run_command
 from cli.files import check_new, new_file, written_whole
 from formats import mlx
-from formats.files import GGUF_REST, MLX_REST
 from formats.gguf import write_gguf
-from formats.gguf_back import kinds_now, open_rest, write_back
+from formats.gguf_back import kinds_now, write_back
 from formats.gguf_container import gguf_package
 from formats.groups import layers_in_groups, rounding
+from formats.rest import GGUF_REST, MLX_REST, rest_of
 
 
 def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = None) -> list[str]:
@@ -36,9 +36,8 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
         raise UserError(f"{folder} is no folder; name a folder with a model or a run")
     model = formats.load_model(folder)
     layers = layers_in_groups(model)
-    file = rest_of(folder, GGUF_REST)
-    rest = open_rest(file) if file else None
-    kinds = kinds_now(model, rest) if rest else dict.fromkeys(layers, "Q4_1")
+    rest = rest_of(folder, GGUF_REST)
+    kinds = kinds_now(layers, rest) if rest else dict.fromkeys(layers, "Q4_1")
     written = {name: layers[name] for name, kind in kinds.items() if kind == "Q4_1"}
     rounded = rounding(written, dict.fromkeys(written, (torch.float16, torch.float16)))
     if rest and embeddings:
@@ -49,7 +48,7 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
     tokenizer = formats.load_tokenizer(folder)
     with written_whole(path) as beside:
         if rest:
-            write_back(model, tokenizer, rest, beside)
+            write_back(model, kinds, tokenizer, rest, beside)
         else:
             dtype = torch.float32 if embeddings == "f32" else torch.float16
             write_gguf(model, tokenizer, beside, dtype)
@@ -82,12 +81,6 @@ def export_mlx(source: pathlib.Path, out: pathlib.Path, scales: str | None = Non
             lines = mlx.write_mlx(model, tokenizer, beside, scales)
     size = sum(file.stat().st_size for file in out.iterdir())
     return [f"wrote {out}, {size / 1e6:.1f} MB", *lines]
-
-
-def rest_of(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    """What a model or the base of a run has kept of the file that it came from, if it has."""
-    files = (folder / name, folder / "base" / name)
-    return next((file for file in files if file.exists()), None)
 
 
 def main() -> None:

@@ -23,9 +23,6 @@ from cli.errors import UserError
 from cli.files import written_whole
 from llama import Llama, LlamaConfig
 
-# What export.py writes back beside the layers in groups; kept beside a base of such a model
-GGUF_REST, MLX_REST = RESTS = ("gguf.safetensors", "mlx.safetensors")
-
 
 class Stored(NamedTuple):
     """One tensor in one file: where it is, its shape, and a function that reads it."""
@@ -242,6 +239,13 @@ def fill(
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, made[id(old)])
     return module
+
+
+def in_one_dtype(model: Llama, dtype: torch.dtype | None, device: str) -> Llama:
+    """A model whose float parts, frozen, are in `dtype`; None: in one that holds all of them."""
+    dtypes = (p.dtype for p in model.parameters())
+    dtype = dtype or functools.reduce(torch.promote_types, dtypes)
+    return model.requires_grad_(False).to(device, dtype)
 
 
 def load_tensors(model: Llama, file: pathlib.Path, dtype: torch.dtype | None, device: str) -> Llama:

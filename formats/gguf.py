@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from cli.errors import UserError
-from formats.files import GGUF_REST, checked_config, fill
-from formats.gguf_back import save_rest, to_blocks
+from formats.files import checked_config, fill
+from formats.gguf_back import keep_rest, to_blocks
 from formats.gguf_blocks import (
     IN_GROUPS,
     from_blocks,
@@ -38,6 +38,7 @@ from formats.gguf_vocabulary import tokenizer_of, write_vocabulary
 from formats.groups import layers_in_groups
 from formats.huggingface import parameter_shapes
 from formats.quantized import save_quantized
+from formats.rest import GGUF_REST
 from llama import LINEARS, Llama, LlamaConfig
 from text.tokenizer import Tokenizer
 
@@ -98,10 +99,7 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
     for name, kind in kinds_in(tensors).items():
         tensor = tensors[f"{name}.weight"]
         blocks = in_our_order(torch.from_numpy(tensor.data.copy()), rotary_heads(name, config))
-        layer = from_blocks(blocks, kind)
-        if not (layer.scale.isfinite().all() and layer.offset.isfinite().all()):
-            raise UserError(f"{path}: {tensor.name} has NaN or infinite values; fetch it again")
-        model.set_submodule(name, layer)
+        model.set_submodule(name, from_blocks(blocks, kind, f"{path}: {tensor.name}"))
     kept = {"F32": torch.float32, "BF16": torch.bfloat16}
     stored = kept.get(tensors["model.embed_tokens.weight"].tensor_type.name, torch.float16)
     weights = {}
@@ -134,7 +132,7 @@ def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a file as a folder of our own: nothing is calibrated or quantized."""
     reader, _, config, tensors = open_gguf(path)
     save_quantized(load_model(path), folder)
-    save_rest(reader, kinds_in(tensors), config, folder / GGUF_REST)
+    keep_rest(reader, kinds_in(tensors), config, folder / GGUF_REST)
 
 
 def load_tokenizer(path: pathlib.Path) -> Tokenizer:
@@ -292,8 +290,12 @@ def dequantized(
     path: pathlib.Path, tensor: Any, dtype: torch.dtype, heads: int | None = None
 ) -> Tensor:
     """A tensor of a GGUF file in `dtype` and our order; UserError where it is not finite."""
-    values = gguf_package().dequantize(tensor.data, tensor.tensor_type)
-    values = in_our_order(torch.from_numpy(values.copy()).to(dtype), heads)
+    kind, rows = tensor.tensor_type, []
+    stored = tensor.data.reshape(-1, tensor.data.shape[-1])
+    for start in range(0, len(stored), 4096):  # in float32 all of an embedding would take gigabytes
+        part = gguf_package().dequantize(stored[start : start + 4096], kind)
+        rows.append(torch.from_numpy(part).to(dtype, copy=True))
+    values = in_our_order(torch.cat(rows).view(*tensor.shape.tolist()[::-1]), heads)
     if not values.isfinite().all():
         raise UserError(
             f"{path}: {tensor.name} has NaN or infinite values, or such as {dtype} cannot hold; "

@@ -7,21 +7,17 @@ did not change comes out byte for byte, and a file of Q4_1 has the same bytes bu
 """
 
 import functools
-import json
 import pathlib
 import struct
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cli.errors import UserError
-from cli.files import written_whole
-from formats.files import open_file
 from formats.gguf_blocks import (
+    HEAD,
+    IN_GROUPS,
     heads_of_q4_k,
     in_file_order,
     in_our_order,
@@ -33,23 +29,17 @@ from formats.gguf_blocks import (
 )
 from formats.gguf_container import gguf_name, gguf_package, write_tensors
 from formats.gguf_vocabulary import with_format
-from formats.groups import layers_in_groups
+from formats.rest import Rest, damaged, save_rest
 from llama import Llama, LlamaConfig
 from quant import QuantLinear
 from text.tokenizer import Tokenizer
 
 
-class Rest(NamedTuple):
-    """What was kept of a GGUF file."""
+def keep_rest(reader: Any, kinds: dict[str, str], config: LlamaConfig, path: pathlib.Path) -> None:
+    """Keeps what `write_back` needs of an opened file; kinds: the types of layers in groups.
 
-    header: bytes
-    size: int  # of the whole file
-    kinds: dict[str, str]  # the type of each layer in groups, by our names
-    tensors: dict[str, Tensor]  # bytes of the others, and heads of Q4_K blocks, by the file's names
-
-
-def save_rest(reader: Any, kinds: dict[str, str], config: LlamaConfig, path: pathlib.Path) -> None:
-    """Keeps what `write_back` needs of an opened file; kinds: as in a `Rest`."""
+    The layout has these by our names, and the size of the file.
+    """
     in_groups = {gguf_name(f"{name}.weight"): name for name in kinds}
     kept = {"header": torch.from_numpy(reader.data[: reader.data_offset].copy())}
     for tensor in reader.tensors:
@@ -60,62 +50,67 @@ def save_rest(reader: Any, kinds: dict[str, str], config: LlamaConfig, path: pat
         elif kinds[name] == "Q4_K":
             heads = heads_of_q4_k(torch.from_numpy(tensor.data.copy()))
             kept[tensor.name] = in_our_order(heads, rotary_heads(name, config)).contiguous()
-    layout = {"kinds": json.dumps(kinds), "size": str(len(reader.data))}
-    with written_whole(path) as beside:
-        save_file(kept, beside, metadata=layout)
+    save_rest(path, kept, {"kinds": kinds, "size": len(reader.data)})
 
 
-def open_rest(path: pathlib.Path) -> Rest:
-    """What `save_rest` kept; UserError where it is damaged."""
-    kept = {name: stored.read() for name, stored in open_file(path).items()}
-    with safetensors.safe_open(path, framework="pt") as file:
-        layout = file.metadata() or {}
-    if "header" not in kept or not {"kinds", "size"} <= layout.keys():
-        raise UserError(
-            f"{path} is damaged, or was not written by train.py; import the GGUF file again with "
-            "train.py --fresh"
-        )
-    header = kept.pop("header").numpy().tobytes()
-    return Rest(header, int(layout["size"]), json.loads(layout["kinds"]), kept)
+def kinds_now(layers: dict[str, QuantLinear], rest: Rest) -> dict[str, str]:
+    """The type in which each layer in groups is written: its own while nothing changed, or Q4_1.
 
-
-def kinds_now(model: Llama, rest: Rest) -> dict[str, str]:
-    """The type in which each layer in groups is written: its own while nothing changed, or Q4_1."""
+    Raises UserError where the rest is not of these layers.
+    """
+    before = rest.layout.get("kinds")
+    if not isinstance(before, dict) or before.keys() != layers.keys():
+        raise damaged(rest.path)
     kinds = {}
-    for name, layer in layers_in_groups(model).items():
-        kind = rest.kinds[name]
-        same = is_still(layer, kind, rest.tensors.get(gguf_name(f"{name}.weight")))
-        kinds[name] = kind if same else "Q4_1"
+    for name, layer in layers.items():
+        head = rest.tensors.get(gguf_name(f"{name}.weight"))
+        groups = layer.offset.numel() // 8
+        fits = head is None or head.numel() == groups * HEAD
+        if before[name] not in IN_GROUPS or (head is None) == (before[name] == "Q4_K") or not fits:
+            raise damaged(rest.path)
+        kinds[name] = before[name] if is_still(layer, before[name], head) else "Q4_1"
     return kinds
 
 
-def write_back(model: Llama, tokenizer: Tokenizer, rest: Rest, path: pathlib.Path) -> None:
+def write_back(
+    model: Llama, kinds: dict[str, str], tokenizer: Tokenizer, rest: Rest, path: pathlib.Path
+) -> None:
     """Writes the GGUF file that a model came from, with the layers in groups as they are now.
 
-    Where the tokenizer has another chat template than the file, that is replaced as well.
+    kinds: from `kinds_now`. Where the tokenizer has another chat template than the file, that is
+    replaced as well. Raises UserError where the rest is damaged.
     """
-    path.write_bytes(rest.header)
-    write_tensors(path, 0, [], rest.size)  # GGUFReader wants a file of the whole length
-    reader = gguf_package().GGUFReader(path)
-    kinds = kinds_now(model, rest)
-    readers = {name: functools.partial(Tensor.clone, t) for name, t in rest.tensors.items()}
-    for name, layer in layers_in_groups(model).items():
-        file_name = gguf_name(f"{name}.weight")
-        order = rotary_heads(name, model.config)
-        head = rest.tensors.get(file_name)
-        readers[file_name] = functools.partial(to_blocks, layer, kinds[name], head, order)
-    places, end = places_now(reader, {gguf_name(f"{n}.weight"): k for n, k in kinds.items()})
-    header = with_format(with_kinds(rest.header, reader, places), reader, tokenizer)
+    readers = {}
+    for name, tensor in rest.tensors.items():
+        readers[name] = functools.partial(Tensor.contiguous, tensor)
+    for name, kind in kinds.items():
+        layer, file_name = model.get_submodule(name), gguf_name(f"{name}.weight")
+        more = rest.tensors.get(file_name), rotary_heads(name, model.config)
+        readers[file_name] = functools.partial(to_blocks, layer, kind, *more)
+    try:
+        before = readers.pop("header")().numpy().tobytes()
+        path.write_bytes(before)
+        write_tensors(path, 0, [], rest.layout["size"])  # GGUFReader wants the whole length
+        reader = gguf_package().GGUFReader(path)
+        file_kinds = {gguf_name(f"{name}.weight"): kind for name, kind in kinds.items()}
+        places, end = places_now(reader, file_kinds)
+        header = with_format(with_kinds(before, reader, places), reader, tokenizer)
+        moved = [(place, readers.pop(name)) for name, (_, place) in places.items()]
+    except OSError:
+        raise
+    except Exception:  # a damaged header can raise anything: the parser is not ours
+        raise damaged(rest.path) from None
+    if readers:
+        raise damaged(rest.path)
     path.write_bytes(header)
-    moved = [(place, readers[name]) for name, (_, place) in places.items()]
     write_tensors(path, len(header), moved, len(header) + end)
 
 
-def to_blocks(layer: QuantLinear, kind: str, head: Tensor | None, order: int | None) -> Tensor:
-    """A layer's blocks of a kind, in the file's order of rows."""
+def to_blocks(layer: QuantLinear, kind: str, head: Tensor | None, heads: int | None) -> Tensor:
+    """A layer's blocks of a kind, in the file's order of rows; head: of Q4_K blocks."""
     if kind == "Q4_K":
-        return in_file_order(to_q4_k(layer, head), order)
-    return in_file_order(to_q4_0(layer) if kind == "Q4_0" else to_q4_1(layer), order)
+        return in_file_order(to_q4_k(layer, head), heads)
+    return in_file_order(to_q4_0(layer) if kind == "Q4_0" else to_q4_1(layer), heads)
 
 
 def places_now(reader: Any, kinds: dict[str, str]) -> tuple[dict[str, tuple], int]:

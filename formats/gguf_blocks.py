@@ -8,7 +8,7 @@ Layers come and go in our order of rows, blocks in the file's.
 import torch
 from torch import Tensor
 
-from formats.groups import narrowed
+from formats.groups import imported
 from llama import LlamaConfig
 from quant import Quantized, QuantLinear, unpack
 
@@ -19,10 +19,13 @@ HEAD = 16  # bytes at the start of a Q4_K block that are no codes
 # ---- reading
 
 
-def from_blocks(blocks: Tensor, kind: str) -> QuantLinear:
-    """The layer in blocks uint8 [O, bytes] of a kind in IN_GROUPS: 4 bits in groups of 32."""
+def from_blocks(blocks: Tensor, kind: str, name: str) -> QuantLinear:
+    """The layer in blocks uint8 [O, bytes] of a kind in IN_GROUPS: 4 bits in groups of 32.
+
+    name: of file and tensor, for the UserError where its numbers are not finite.
+    """
     readers = {"Q4_0": from_q4_0, "Q4_1": from_q4_1, "Q4_K": from_q4_k}
-    return QuantLinear.from_quantized(readers[kind](blocks), 4)
+    return imported(*readers[kind](blocks), 4, name)
 
 
 def from_q4_0(blocks: Tensor) -> Quantized:
@@ -45,7 +48,7 @@ def from_q4_k(blocks: Tensor) -> Quantized:
     """
     head, pairs = blocks.unflatten(1, (-1, 144)).split([HEAD, 128], dim=-1)
     scale, offset = scales_of_q4_k(head)
-    return Quantized(_codes(pairs.unflatten(2, (4, 32))), narrowed(scale), offset)
+    return Quantized(_codes(pairs.unflatten(2, (4, 32))), scale, offset)
 
 
 def scales_of_q4_k(head: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from cli.errors import UserError
 from cli.files import read_json
-from formats.files import Stored, fill, open_file, weight_files
-from formats.groups import from_stream, narrowed
+from formats.files import Stored, fill, in_one_dtype, open_file, weight_files
+from formats.groups import dense, from_stream, imported
 from formats.huggingface import (
     check_the_rest,
     config_of,
@@ -38,7 +38,7 @@ from formats.huggingface import (
 )
 from formats.quantized import describe, save_quantized
 from llama import Llama, LlamaConfig, linears
-from quant import Quantized, QuantLinear, dequantize
+from quant import Quantized, QuantLinear
 
 PARTS = ("qweight", "qzeros", "scales")
 # Fields that change the arithmetic but no tensor's name or shape; any other value is refused
@@ -154,7 +154,7 @@ def check(path: pathlib.Path) -> None:
 
 
 def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Llama:
-    """The model of a folder, with its codes; dtype None: the float parts have the embedding's.
+    """The model of a folder, with its codes; dtype: what the float parts are cast to.
 
     Linear layers that are not quantized stay float; a quantized head becomes float. Layers are read
     one after another. Raises UserError as `open_gptq` does, and for numbers that are not finite.
@@ -162,9 +162,8 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
     model, weights, layers = open_gptq(path)
     for name, read in layers.items():
         bits = model.get_submodule(name).bits
-        model.set_submodule(name, QuantLinear.from_quantized(read(), bits))
-    fill(model, weights).requires_grad_(False)
-    return model.to(device, dtype or model.model.embed_tokens.weight.dtype)
+        model.set_submodule(name, imported(*read(), bits, f"{path}: tensor {name}.scales"))
+    return in_one_dtype(fill(model, weights), dtype, device)
 
 
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
@@ -195,7 +194,8 @@ def open_gptq(path: pathlib.Path) -> tuple[Llama, dict[str, Callable], dict[str,
         bits, group_size = checked_layer(file, found, name, layer, fields)
         read = functools.partial(read_layer, found, name, bits, fields.zeros)
         if layer is model.lm_head:
-            weights["lm_head.weight"] = functools.partial(dequantized, read)
+            where = f"{path}: tensor lm_head.scales"
+            weights["lm_head.weight"] = functools.partial(dense, read, where)
             continue
         layers[name] = read
         with torch.device("meta"):
@@ -324,7 +324,7 @@ def wrong(stored: Stored, what: str) -> UserError:
 def read_layer(found: dict[str, Stored], name: str, bits: int, stored_zeros: str) -> Quantized:
     """Codes, scales and offsets of a layer that `open_gptq` has checked; zeros as Fields says.
 
-    Scales are float16 where that holds them exactly, else float32; then an offset may round.
+    An offset is exact for scales of 16 bits; for those of float32 it may round.
     """
     scale_GO = read_float(found[f"{name}.scales"])
     outputs = scale_GO.shape[1]
@@ -332,12 +332,7 @@ def read_layer(found: dict[str, Stored], name: str, bits: int, stored_zeros: str
     offset_GO = -scale_GO.float() * zero_GO
     words = found[f"{name}.qweight"].read().t()  # [O, I * bits / 32]
     codes = from_stream(words, bits)
-    return Quantized(codes, transposed(narrowed(scale_GO)), transposed(offset_GO))
-
-
-def dequantized(read: Callable[[], Quantized]) -> Tensor:
-    """The weight [O, I] in float32 of what `read` returns."""
-    return dequantize(read())
+    return Quantized(codes, transposed(scale_GO), transposed(offset_GO))
 
 
 def transposed(matrix: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Layers in groups on their way from and to other formats: streams of codes, and what rounds."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from cli.errors import UserError
+from formats.files import all_finite
 from llama import linears
-from quant import QuantLinear
+from quant import Quantized, QuantLinear, dequantize
 
 BLOCK = 32  # weights with one scale and offset: GGUF's, and the smallest of MLX's
 
@@ -69,9 +72,27 @@ def holds(dtype: torch.dtype, values: Tensor) -> bool:
     return torch.equal(values.to(dtype).double(), values.double())
 
 
-def narrowed(scale: Tensor) -> Tensor:
-    """The scales of another's file in float16 where that holds them all, else in float32."""
-    return scale.to(torch.float16 if holds(torch.float16, scale) else torch.float32)
+def imported(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, name: str) -> QuantLinear:
+    """A layer of another's file: its scales in float16 where that holds them all, else in float32.
+
+    name: of file and tensor, for the UserError where scales or offsets are not finite numbers.
+    """
+    scale = scale.to(torch.float16 if holds(torch.float16, scale) else torch.float32)
+    layer = QuantLinear.from_quantized(Quantized(codes, scale, offset.float()), bits)
+    if not (all_finite(layer.scale) and all_finite(layer.offset)):
+        raise UserError(f"{name} has NaN or infinite values, or such as float32 cannot hold")
+    return layer
+
+
+def dense(read: Callable[[], Quantized], name: str) -> Tensor:
+    """The matrix of what `read` returns, in the dtype of its scales, as the formats' own programs
+    have it; UserError as above.
+    """
+    quantized = read()
+    weight = dequantize(quantized, quantized.scale.dtype)
+    if not all_finite(weight):
+        raise UserError(f"{name} has NaN or infinite values, or such as {weight.dtype} cannot hold")
+    return weight
 
 
 def rounding(

@@ -14,29 +14,29 @@ Nothing here needs the `mlx` package. What is read and what is refused follows m
 import functools
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cli.errors import UserError
-from cli.files import json_object, read_json, written_whole
+from cli.files import read_json
 from formats import huggingface
-from formats.files import MLX_REST, Stored, all_finite, fill, open_file, write_config
+from formats.files import Stored, all_finite, fill, in_one_dtype, write_config
 from formats.groups import (
+    dense,
     from_stream,
     holds,
+    imported,
     layers_in_groups,
-    narrowed,
     rounding,
     to_stream,
 )
 from formats.quantized import describe, quantized_skeleton, save_quantized
+from formats.rest import MLX_REST, Rest, damaged, save_rest
 from llama import LINEARS, Llama, LlamaConfig
-from quant import Quantized, QuantLinear, dequantize, unpack
+from quant import Quantized, QuantLinear, unpack
 from text.tokenizer import MODEL, Tokenizer
 
 BITS = (1, 2, 3, 4, 5, 6, 8)  # of MLX; adapters go beside layers of 2, 3 and 4
@@ -114,19 +114,17 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
             continue
         read = functools.partial(read_affine, found, module, kind[0])
         if is_in_groups(module, kind):
-            model.set_submodule(module, QuantLinear.from_quantized(in_own_dtypes(read()), kind[0]))
+            layer = imported(*read(), kind[0], f"{path}: tensor {name}")
+            model.set_submodule(module, layer)
         else:
-            weights[name] = functools.partial(dequantized, read, found[name])
-    fill(model, weights)
-    dtypes = (p.dtype for p in model.parameters())
-    dtype = dtype or functools.reduce(torch.promote_types, dtypes)
-    return model.requires_grad_(False).to(device, dtype)
+            weights[name] = functools.partial(dense, read, f"{path}: tensor {name}")
+    return in_one_dtype(fill(model, weights), dtype, device)
 
 
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a folder of MLX as one of our own: nothing is calibrated or quantized."""
     save_quantized(load_model(path), folder)
-    save_rest(path, folder / MLX_REST)
+    keep_rest(path, folder / MLX_REST)
 
 
 # ---- reading: the folder
@@ -248,35 +246,22 @@ def read_affine(found: dict[str, Stored], module: str, bits: int) -> Quantized:
     return Quantized(codes, read_checked(scales, floats), read_checked(biases, floats))
 
 
-def in_own_dtypes(quantized: Quantized) -> Quantized:
-    """With scales in float16 where that holds them, else in float32, and offsets in float32."""
-    codes, scale, offset = quantized
-    return Quantized(codes, narrowed(scale), offset.float())
-
-
-def dequantized(read: Callable[[], Quantized], stored: Stored) -> Tensor:
-    """A quantized matrix in the dtype of its scales; UserError where that cannot hold it."""
-    quantized = read()
-    tensor = dequantize(quantized, quantized.scale.dtype)
-    return read_checked(stored._replace(read=lambda: tensor), FLOATS.values())
-
-
 # ---- writing
 
 
-def save_rest(path: pathlib.Path, file: pathlib.Path) -> None:
+def keep_rest(path: pathlib.Path, file: pathlib.Path) -> None:
     """Keeps what writing back needs: all tensors but those in groups, and of those the dtypes."""
     _, found, kinds = open_mlx(path)
     kept, dtypes = {}, {}
     for name, stored in found.items():
-        module, _, part = name.rpartition(".")
+        module = name.rpartition(".")[0]
         if not is_in_groups(module, kinds.get(module)):
             kept[name] = stored.read()
-        elif part != "weight":
-            dtypes[name] = str(stored.read().dtype).removeprefix("torch.")
+        elif module not in dtypes:
+            pair = [found[f"{module}.{part}"].read().dtype for part in ("scales", "biases")]
+            dtypes[module] = [str(dtype).removeprefix("torch.") for dtype in pair]
     config = (path / "config.json").read_text(encoding="utf-8")
-    with written_whole(file) as beside:
-        save_file(kept, beside, metadata={"config": config, "dtypes": json.dumps(dtypes)})
+    save_rest(file, kept, {"config": config, "dtypes": dtypes})
 
 
 def write_mlx(
@@ -312,28 +297,27 @@ def write_mlx(
 
 
 def write_back(
-    model: Llama,
-    tokenizer: Tokenizer,
-    rest: pathlib.Path,
-    folder: pathlib.Path,
-    scales: str | None = None,
+    model: Llama, tokenizer: Tokenizer, rest: Rest, folder: pathlib.Path, scales: str | None = None
 ) -> list[str]:
     """Writes the folder that a model came from, with its layers as they are now; returns lines.
 
-    rest: what `save_rest` has kept. Biases that their own dtype does not hold are written in
-    float32; scales "f16" rounds them to their own dtype. Raises UserError where `rest` is damaged.
+    scales: None keeps each dtype but that of biases that it does not hold: those are float32. "f16"
+    and "f32" are for all scales and biases. Raises UserError where `rest` is damaged.
     """
-    layers, kept = layers_in_groups(model), open_file(rest)
-    config, own = read_layout(rest, layers)
-    dtypes = {}
-    for name, layer in layers.items():
-        scale, bias = own[f"{name}.scales"], own[f"{name}.biases"]
-        kept_or_rounded = scales == "f16" or holds(bias, layer.offset)
-        dtypes[name] = scale, bias if kept_or_rounded else torch.float32
+    layers, dtypes = layers_in_groups(model), {}
+    for name, (scale, bias) in dtypes_before(rest, layers).items():
+        offset = layers[name].offset
+        dtypes[name] = scale, bias if holds(bias, offset) else torch.float32
+    if scales:
+        dtype = torch.float16 if scales == "f16" else torch.float32
+        dtypes = dict.fromkeys(layers, (dtype, dtype))
     lines = [rounding(layers, dtypes)]
-    untouched = {name: stored.read() for name, stored in kept.items()}
-    write_weights(folder, untouched, layers, dtypes)
-    (folder / "config.json").write_text(config, encoding="utf-8")
+    write_weights(folder, dict(rest.tensors), layers, dtypes)
+    try:
+        (folder / "config.json").write_text(rest.layout["config"], encoding="utf-8")
+        open_mlx(folder)
+    except (UserError, KeyError, TypeError):
+        raise damaged(rest.path) from None
     write_tokenizer(tokenizer, folder)
     return lines
 
@@ -350,19 +334,14 @@ def write_weights(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
 
 
-def read_layout(rest: pathlib.Path, layers: dict) -> tuple[str, dict[str, torch.dtype]]:
-    """(the text of config.json, {tensor: dtype of the scales or biases}) that `save_rest` kept."""
-    with safetensors.safe_open(rest, framework="pt") as file:
-        layout = file.metadata() or {}
-    dtypes = json_object(layout.get("dtypes", "{}").encode(), rest)
-    wanted = {f"{name}.scales" for name in layers} | {f"{name}.biases" for name in layers}
-    known = all(dtype in list(FLOATS) for dtype in dtypes.values())
-    if "config" not in layout or dtypes.keys() != wanted or not known:
-        raise UserError(
-            f"{rest} is damaged, or was not written by train.py; import the MLX folder again with "
-            "train.py --fresh"
-        )
-    return layout["config"], {name: FLOATS[dtype] for name, dtype in dtypes.items()}
+def dtypes_before(rest: Rest, layers: dict) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+    """{layer: its dtypes of scales and biases in the folder that it came from}."""
+    kept = rest.layout.get("dtypes")
+    if not isinstance(kept, dict) or kept.keys() != layers.keys():
+        raise damaged(rest.path)
+    if not all(isinstance(pair, list) and set(pair) <= FLOATS.keys() for pair in kept.values()):
+        raise damaged(rest.path)
+    return {name: tuple(FLOATS[dtype] for dtype in pair) for name, pair in kept.items()}
 
 
 def mlx_group(group_size: int) -> int:

@@ -18,7 +18,8 @@ from baselines import NF4Linear
 from cli.errors import UserError
 from cli.files import read_json, written_whole
 from formats import huggingface
-from formats.files import RESTS, load_tensors, write_config
+from formats.files import load_tensors, write_config
+from formats.rest import copy_rest
 from llama import Llama, LlamaConfig, linears
 from quant import QuantLinear, check_group_size
 
@@ -176,10 +177,3 @@ def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     for name in ("model.safetensors", "config.json"):
         shutil.copyfile(path / name, folder / name)
     copy_rest(path, folder)
-
-
-def copy_rest(path: pathlib.Path, folder: pathlib.Path) -> None:
-    """Copies what export.py writes back into the file that a model was made of, if it was."""
-    for name in RESTS:
-        if (path / name).exists():
-            shutil.copyfile(path / name, folder / name)

@@ -12,6 +12,7 @@ from cli.files import read_json, written_whole
 from formats import huggingface, quantized
 from formats.adapter import load_adapter
 from formats.files import fingerprint_of, weight_files
+from formats.rest import copy_rest
 from llama import Llama, LlamaConfig
 from merge import merge
 from quant import QuantLinear
@@ -64,7 +65,7 @@ def check(path: pathlib.Path) -> None:
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the merged model into `folder`, to be fine-tuned again."""
     quantized.save_quantized(load_run(path), folder)
-    quantized.copy_rest(path / "base", folder)
+    copy_rest(path / "base", folder)
 
 
 def open_weights(path: pathlib.Path) -> tuple:
@@ -134,7 +135,7 @@ def save_merged(model: Llama, run: pathlib.Path, folder: str | pathlib.Path) -> 
     with written_whole(folder) as beside:
         beside.mkdir()
         load_tokenizer(run).save(beside)
-        quantized.copy_rest(run / "base", beside)
+        copy_rest(run / "base", beside)
         in_groups = any(isinstance(layer, QuantLinear) for layer in model.modules())
         save = quantized.save_quantized if in_groups else huggingface.save_pretrained
         save(model, beside)

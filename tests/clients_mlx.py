@@ -32,9 +32,9 @@ from mlx.utils import tree_map  # noqa: E402
 
 import formats  # noqa: E402
 from export import export_mlx  # noqa: E402
-from formats.files import MLX_REST  # noqa: E402
 from formats.huggingface import save_pretrained  # noqa: E402
 from formats.quantized import save_quantized  # noqa: E402
+from formats.rest import MLX_REST  # noqa: E402
 from llama import Llama, linears, load_pretrained  # noqa: E402
 from merge import merge  # noqa: E402
 from qalora import adapter_parameters, add_adapters  # noqa: E402

@@ -219,7 +219,7 @@ BAD = {  # name: (a change of a folder that has the layers of MIXED, what is sai
     "biases missing": (gone(f"{Q}.biases"), f"{W}{Q}.biases is missing"),
     "weight missing": (gone(f"{Q}.weight"), f"{Q}.weight is missing"),
     "NaN scale": (put(f"{Q}.scales", np.nan), f"{W}{Q}.scales has NaN"),
-    "overflow": (put("model.embed_tokens.scales", 3e38), f"{W}model.embed_tokens.weight has NaN"),
+    "overflow": (put("model.embed_tokens.scales", 3e38), "model.embed_tokens.weight has NaN"),
     "infinite bias": (put(f"{V}.biases", np.inf), f"{W}{V}.biases has NaN or inf"),
     "NaN embedding": (put("model.embed_tokens.scales", np.nan), "embed_tokens.scales has NaN"),
     "NaN norm": (put("model.norm.weight", np.nan), f"{W}model.norm.weight has NaN"),

@@ -92,7 +92,7 @@ seeds = st.integers(0, 2**32 - 1)
 def test_a_layer_read_from_blocks_is_what_the_package_reads(kind, seed, rows, blocks):
     """To the bit: both compute scale * code in float32, where ours rounds nothing more."""
     raw = any_blocks(kind, seed, rows, blocks)
-    layer = from_blocks(raw, kind)
+    layer = from_blocks(raw, kind, "f: t")
     assert (layer.bits, layer.group_size) == (4, 32)
     theirs = gguf.dequantize(raw.numpy(), Type[kind])
     if kind == "Q4_0":  # the package subtracts 8 first, so its weights are rounded once, ours never
@@ -110,7 +110,7 @@ def codes_of(layer):
 @given(any_kind, seeds, st.integers(1, 3))
 def test_blocks_that_are_read_are_written_as_they_were(kind, seed, blocks):
     raw = any_blocks(kind, seed, 12, blocks)
-    layer = from_blocks(raw, kind)
+    layer = from_blocks(raw, kind, "f: t")
     head = heads_of_q4_k(raw) if kind == "Q4_K" else None
     assert is_still(layer, kind, head)
     write = {"Q4_0": to_q4_0, "Q4_1": to_q4_1, "Q4_K": to_q4_k}[kind]
@@ -120,11 +120,11 @@ def test_blocks_that_are_read_are_written_as_they_were(kind, seed, blocks):
 @given(any_kind, seeds, st.integers(0, 11))
 def test_a_layer_that_was_tuned_keeps_its_codes_as_q4_1(kind, seed, row):
     raw = any_blocks(kind, seed, 12, 2)
-    layer = from_blocks(raw, kind)
+    layer = from_blocks(raw, kind, "f: t")
     layer.offset[row, 1] += 1.5
     head = heads_of_q4_k(raw) if kind == "Q4_K" else None
     assert is_still(layer, kind, head) == (kind == "Q4_1")
-    written = from_blocks(to_q4_1(layer), "Q4_1")
+    written = from_blocks(to_q4_1(layer), "Q4_1", "f: t")
     assert torch.equal(codes_of(written), codes_of(layer))
     assert torch.equal(written.scale, layer.scale.half())
     assert torch.equal(written.offset, layer.offset.half().float())
@@ -133,7 +133,7 @@ def test_a_layer_that_was_tuned_keeps_its_codes_as_q4_1(kind, seed, row):
 @given(any_kind, seeds)
 def test_a_scale_that_changed_is_noticed_too(kind, seed):
     raw = any_blocks("Q4_K", seed, 2, 1)
-    layer = from_blocks(raw, "Q4_K")
+    layer = from_blocks(raw, "Q4_K", "f: t")
     layer.scale = layer.scale.float().clone()
     layer.scale[1, 7] += 1
     assert not is_still(layer, "Q4_K", heads_of_q4_k(raw))

@@ -1,5 +1,7 @@
 """What other formats share: streams of codes, narrowed scales, what rounding is said to cost."""
 
+import functools
+
 import pytest
 import torch
 from helpers import SEEDS, integers
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.errors import UserError
-from formats.groups import from_stream, narrowed, rounding, to_stream
+from formats.groups import dense, from_stream, imported, rounding, to_stream
 from quant import Quantized, QuantLinear
 
 
@@ -24,15 +26,40 @@ def test_a_row_of_codes_is_one_little_endian_stream_of_bits(bits, rows, units, s
     assert torch.equal(from_stream(words.view(torch.int32), bits, 5), codes[:, :5])
 
 
+def taken_in(scale, offset=0.0):
+    """A layer of one group for each scale, all with codes 0."""
+    codes, offset = torch.zeros(1, 4 * len(scale), dtype=torch.uint8), torch.tensor(offset)
+    return imported(codes, scale[None], offset.expand(1, len(scale)), 4, "file: tensor t")
+
+
 @given(st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=1))
 def test_scales_are_float16_where_that_holds_all_of_them(values):
     exact = torch.tensor(values)
     for dtype in (torch.float32, torch.float16):
-        assert narrowed(exact.to(dtype)).dtype == torch.float16
-        assert torch.equal(narrowed(exact.to(dtype)).float(), exact)
+        scale = taken_in(exact.to(dtype)).scale
+        assert scale.dtype == torch.float16 and torch.equal(scale[0].float(), exact)
     for finer in (1 + 2**-12, 2.0**-26, 1e6):
         scale = torch.tensor([*values, finer])
-        assert narrowed(scale).dtype == torch.float32 and torch.equal(narrowed(scale), scale)
+        kept = taken_in(scale).scale
+        assert kept.dtype == torch.float32 and torch.equal(kept[0], scale)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scales_and_offsets_that_are_no_numbers_are_refused(bad):
+    for scale, offset in ((torch.tensor([1.0, bad]), 0.0), (torch.tensor([1.0]), bad)):
+        with pytest.raises(UserError, match="file: tensor t has NaN or infinite values"):
+            taken_in(scale, offset)
+
+
+def test_a_matrix_is_dense_in_the_dtype_of_its_scales_where_that_holds_it():
+    codes = torch.tensor([[0, 15]], dtype=torch.uint8)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        parts = torch.tensor([[2.0]], dtype=dtype), torch.tensor([[-1.0]])
+        weight = dense(functools.partial(Quantized, codes, *parts), "f: t")
+        assert weight.dtype == dtype and weight.tolist() == [[-1, 29]]
+    parts = torch.tensor([[59968.0]], dtype=torch.float16), torch.tensor([[0.0]])
+    with pytest.raises(UserError, match="f: t has .* such as torch.float16 cannot hold"):
+        dense(functools.partial(Quantized, codes, *parts), "f: t")
 
 
 def layer(scale, offset, bits=4):

@@ -43,12 +43,13 @@ import merge
 import train
 from cli.errors import UserError
 from formats import mlx, quantized
-from formats.files import MLX_REST, Stored
-from formats.groups import from_stream, to_stream
+from formats.files import Stored
+from formats.groups import from_stream, imported, to_stream
 from formats.huggingface import save_pretrained
 from formats.quantized import save_quantized
+from formats.rest import MLX_REST
 from llama import Llama, linears
-from quant import Quantized, QuantLinear
+from quant import QuantLinear
 from text.tokenizer import CHAT_TEMPLATE, JSON, load_tokenizer
 
 
@@ -107,11 +108,11 @@ def test_a_layer_of_mlx_is_a_layer_of_ours_and_comes_back(seed, bits, group_size
         part = torch.from_numpy(np.array(part.astype(mx.float32)))
         theirs.append(part.to(mlx.FLOATS[dtype]))
     codes = from_stream(theirs[0], bits)
-    own = mlx.in_own_dtypes(Quantized(codes, *theirs[1:]))
+    own = imported(codes, *theirs[1:], bits, "f: t")
     assert torch.equal(own.scale.double(), theirs[1].double())
     in_half = bool((theirs[1].double() == theirs[1].half().double()).all())
     assert own.scale.dtype == (torch.float16 if in_half else torch.float32)
-    layer = QuantLinear.from_quantized(own, bits)
+    layer = own
     back = mlx.as_affine("x", layer, *[mlx.FLOATS[dtype]] * 2)
     for name, tensor in zip(("x.weight", "x.scales", "x.biases"), theirs, strict=True):
         assert as_bytes(back[name]) == as_bytes(tensor), name
@@ -398,11 +399,16 @@ def test_what_is_not_trained_comes_back_byte_for_byte(tmp_path, base_of, dtype):
     assert np.array_equal(our_logits(again), our_logits(formats.load_model(base, torch.float32)))
     told = export.export_mlx(base, tmp_path / "half", "f16")
     half = FromFolder(tmp_path / "half")
-    for name, tensor in before.tensors.items():
-        assert half.tensors[name].dtype == tensor.dtype
-        expected = tuned.tensors[name].to(tensor.dtype)
-        assert as_bytes(half.tensors[name]) == as_bytes(expected), name
-    assert ("none is rounded" in told[1]) == (dtype == "float32")
+    assert "float16, whose rounding moves weights by" in told[1]
+    export.export_mlx(base, tmp_path / "whole", "f32")
+    whole = FromFolder(tmp_path / "whole")
+    in_groups = {name for name, layer in linears(merged) if isinstance(layer, QuantLinear)}
+    for name, tensor in tuned.tensors.items():
+        module, _, part = name.rpartition(".")
+        chosen = module in in_groups and part != "weight"
+        for out, kind in ((half, torch.float16), (whole, torch.float32)):
+            wanted = tensor.to(kind) if chosen else tensor
+            assert as_bytes(out.tensors[name]) == as_bytes(wanted), name
 
 
 def test_train_py_starts_from_a_folder_of_mlx_and_again_from_what_became_of_it(
@@ -428,7 +434,7 @@ def test_train_py_starts_from_a_folder_of_mlx_and_again_from_what_became_of_it(
         same = as_bytes(tensor) == as_bytes(after.tensors[name])
         assert same == (name not in trained), name
     run(export, tmp_path / "run1", "--out", tmp_path / "half", "--scales", "f16")
-    assert FromFolder(tmp_path / "half").tensors[trained[0]].dtype == torch.bfloat16
+    assert FromFolder(tmp_path / "half").tensors[trained[0]].dtype == torch.float16
     assert (tmp_path / "out" / CHAT_TEMPLATE).read_text() == load_tokenizer(
         tmp_path / "run1" / "base"
     ).alpaca_template
@@ -448,15 +454,30 @@ def test_what_was_kept_of_a_folder_and_is_damaged_since_is_refused(tmp_path, bas
     kept, whole = base / MLX_REST, (base / MLX_REST).read_bytes()
     tensors = load_file(kept)
     with safe_open(kept, framework="pt") as file:
-        dtypes = file.metadata()["dtypes"]
-    for metadata in (
-        None,
-        {"dtypes": dtypes},
+        layout = json.loads(file.metadata()["layout"])
+    first = next(iter(layout["dtypes"]))
+    less = {name: pair for name, pair in layout["dtypes"].items() if name != first}
+    for changes in (
+        {"config": None},
         {"config": "{}"},
-        {"config": "{}", "dtypes": dtypes.replace("bfloat16", "x")},
+        {"config": layout["config"].replace("affine", "mxfp4")},
+        {"config": layout["config"].replace('"hidden_size": 64', '"hidden_size": 32')},
+        {"dtypes": less},
+        {"dtypes": [1]},
+        {"dtypes": {**less, first: "bfloat16"}},
+        {"dtypes": {**less, first: ["x", "bfloat16"]}},
+        {"tensors": layout["tensors"][1:]},
+        None,
     ):
+        metadata = {"layout": json.dumps(layout | changes)} if changes else None
         save_file(tensors, kept, metadata=metadata)
-        with pytest.raises(UserError, match="mlx.safetensors is damaged, or was not written by"):
+        with pytest.raises(UserError, match="mlx.safetensors is damaged, or of another model"):
+            export.export_mlx(base, tmp_path / "out")
+    for name in tensors:
+        less = {other: t for other, t in tensors.items() if other != name}
+        rest = {"layout": json.dumps(layout | {"tensors": sorted(less)})}
+        save_file(less, kept, metadata=rest)
+        with pytest.raises(UserError, match="mlx.safetensors is damaged, or of another model"):
             export.export_mlx(base, tmp_path / "out")
     kept.write_bytes(whole[:-50])
     with pytest.raises(UserError, match="mlx.safetensors: .* truncated"):
