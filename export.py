@@ -7,19 +7,20 @@
     python export.py merged/7b --out llama-7b-mlx
     mlx_lm.generate --model llama-7b-mlx --prompt "Name three primary colours."
 
-Codes and scales are copied. In GGUF offsets round, to float16; in MLX's folders they need not, and
-codes of 2 and 3 bits keep their size. `formats/gguf.py` and `formats/mlx.py` say how.
+Codes are copied. In GGUF scales and offsets are float16, to which offsets round, and scales where
+an imported model has finer ones; in MLX's folders nothing need round, and codes of 2 and 3 bits
+keep their size. `formats/gguf.py` and `formats/mlx.py` say how.
 """
 
 import pathlib
+from types import ModuleType
 
 import torch
 
 import formats
 from cli.errors import Parser, UserError, run_command
 from cli.files import check_new, new_file, written_whole
-from formats import mlx
-from formats.gguf import write_gguf
+from formats import gguf, mlx
 from formats.gguf_back import kinds_now, write_back
 from formats.gguf_container import gguf_package
 from formats.groups import layers_in_groups, rounding
@@ -32,8 +33,7 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
     embeddings: "f16" (the default) or "f32". Raises UserError for a model that Q4_1 cannot hold.
     """
     gguf_package()
-    if folder.is_file():
-        raise UserError(f"{folder} is no folder; name a folder with a model or a run")
+    check_other(folder, gguf)
     model = formats.load_model(folder)
     layers = layers_in_groups(model)
     rest = rest_of(folder, GGUF_REST)
@@ -49,9 +49,10 @@ def export(folder: pathlib.Path, path: pathlib.Path, embeddings: str | None = No
     with written_whole(path) as beside:
         if rest:
             write_back(model, kinds, tokenizer, rest, beside)
+            gguf.check_written(beside, model, rest)
         else:
             dtype = torch.float32 if embeddings == "f32" else torch.float16
-            write_gguf(model, tokenizer, beside, dtype)
+            gguf.write_gguf(model, tokenizer, beside, dtype)
     lines = [f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB"]
     if written:
         lines.append(rounded)
@@ -71,6 +72,7 @@ def export_mlx(source: pathlib.Path, out: pathlib.Path, scales: str | None = Non
     scales: "f16", "f32" or None, as `mlx.write_mlx` and `mlx.write_back` take it, which raise
     UserError for a model that MLX cannot hold.
     """
+    check_other(source, mlx)
     model, tokenizer = formats.load_model(source), formats.load_tokenizer(source)
     rest = rest_of(source, MLX_REST)
     with written_whole(out) as beside:
@@ -83,6 +85,12 @@ def export_mlx(source: pathlib.Path, out: pathlib.Path, scales: str | None = Non
     return [f"wrote {out}, {size / 1e6:.1f} MB", *lines]
 
 
+def check_other(source: pathlib.Path, written: ModuleType) -> None:
+    """Raises UserError for a model that is in the format already that is to be written."""
+    if formats.format_of(source) is written:
+        raise UserError(f"{source} is what would be written already; name a run, or a merged model")
+
+
 def main() -> None:
     """Runs the command line."""
     parser = Parser(prog="export.py", description=__doc__)
@@ -92,7 +100,7 @@ def main() -> None:
     add("--embeddings", choices=["f16", "f32"], help="GGUF: type of embedding and head (f16)")
     add("--scales", choices=["f16", "f32"], help="MLX: type of scales and offsets (f32 if needed)")
     args = parser.parse_args()
-    is_gguf = args.out.suffix.lower() == ".gguf"
+    is_gguf = args.out.name.lower().endswith(".gguf")
     if is_gguf and args.scales:
         raise UserError("--scales is for an MLX folder; in GGUF they are float16")
     if args.embeddings and not is_gguf:

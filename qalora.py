@@ -9,7 +9,7 @@ Dimension key: O outputs, I inputs, G groups, R rank.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class QALoRALinear(nn.Module):
 
 
 def add_adapters(
-    model: nn.Module, rank: int, alpha: float, targets: Iterable[str] = LINEARS
+    model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = LINEARS
 ) -> nn.Module:
     """Freezes `model` and adapts its linear layers named in `targets`, in place; returns the model.
 
@@ -81,7 +81,7 @@ def add_adapters(
     return model
 
 
-def check_targets(targets: Iterable[str]) -> None:
+def check_targets(targets: Sequence[str]) -> None:
     """Raises UserError for a name that is none of the seven linear layers of a block."""
     for name in targets:
         if name not in LINEARS:

@@ -321,10 +321,14 @@ def base_bytes(settings: Settings, model: Llama) -> float:
     other_weights = sum(p.numel() for p in model.parameters()) - block_weights
     in_groups = settings.bits / 8 + 8 / settings.group_size  # a scale has 2 to 4 bytes, an offset 4
     bytes_per_weight = {"qalora": in_groups, "qlora": 4.127 / 8, "lora": 4}[settings.method]
-    frozen = [name for name, kind in (kept or {}).get("layers", {}).items() if kind is None]
+    if not kept:
+        return block_weights * bytes_per_weight + 4 * other_weights
+    frozen = [name for name, kind in kept.get("layers", {}).items() if kind is None]
     frozen_weights = sum(model.get_submodule(name).weight.numel() for name in frozen)
-    copies = 2 if kept else 1  # an imported embedding is kept as it was, too
-    return block_weights * bytes_per_weight + 4 * copies * (other_weights + frozen_weights)
+    floats = 4 * (other_weights + frozen_weights)  # at most
+    size = sum(file.stat().st_size for file in formats.files(source))
+    rest = min(size, floats)  # as it was in the file, which GGUF and MLX keep
+    return (block_weights - frozen_weights) * bytes_per_weight + floats + rest
 
 
 def adapter_bytes(settings: Settings, model: Llama) -> int:

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Never
@@ -93,6 +94,9 @@ def message_for(error: Exception, relief: str) -> str | None:
         # The CPU allocator and safetensors have no error classes of their own for these
         if "can't allocate memory" in str(error):
             return f"out of memory; {relief}"
+        failed = re.search(r"\(os error (\d+)\)", str(error))  # safetensors writes so
+        if failed:
+            return f"{os.strerror(int(failed[1]))}; free some space or choose another folder"
         if "No space left" in str(error):
             return "no space left on the device; free some space or choose another folder"
     return None

@@ -164,8 +164,9 @@ def files_of_weights(names: list[str]) -> list[str]:
             parts = [n for n in names if n.startswith(start) and n.endswith(f".{ending}")]
             return [index, *(n for n in parts if "/" not in n)]
     others = [n for n in names if n.endswith(".safetensors") and "/" not in n]
-    named_by_gptq = len(others) == 1 and "quantize_config.json" in names
-    return others if named_by_gptq else []
+    indexes = [n for n in names if n.endswith(".safetensors.index.json") and "/" not in n]
+    named_by_gptq = (len(others) == 1 or len(indexes) == 1) and "quantize_config.json" in names
+    return [*indexes, *others] if named_by_gptq else []
 
 
 def data_files(repository: str, names: list[str]) -> list[str]:

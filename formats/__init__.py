@@ -64,9 +64,12 @@ def format_of(path: str | pathlib.Path) -> ModuleType:
     for module in FORMATS:
         if module.matches(path):
             return module
+    if not path.exists():
+        raise UserError(f"there is no {path}; name a model or a run")
     *names, last = dict.fromkeys(FORMATS.values())
     raise UserError(
-        f"{path}: found none of {', '.join(names)} or {last}; name a folder with LLaMA weights"
+        f"{path}: found none of {', '.join(names)} or {last}; name a folder with LLaMA weights, a "
+        "run's folder, or a .gguf file itself"
     )
 
 
@@ -132,10 +135,7 @@ def load_model(
     dtype: what the float parts are cast to; None keeps what is stored. Raises UserError when there
     is no model, or a run is not finished or does not belong together.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise UserError(f"there is no {path}; name a model or a run")
-    return format_of(path).load_model(path, dtype, device)
+    return format_of(path).load_model(pathlib.Path(path), dtype, device)
 
 
 def load_pretrained(

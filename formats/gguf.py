@@ -1,9 +1,9 @@
 """GGUF files of llama.cpp: a quantized model written as one, and such a file as a base.
 
 A Q4_1 block is 32 weights, w = d * code + m, with d and m in float16: our scale, codes and offset.
-So nothing is quantized again; codes and scales are copied, and only offsets round, from float32 to
-float16. That is the price of the format, and it is reported. (GPTQ's files want integer zero
-points, which a merged offset is not.)
+So nothing is quantized again; codes and our scales are copied, and offsets round, from float32 to
+float16, as do finer scales of an imported model. That is the price of the format, and it is
+reported. (GPTQ's files want integer zero points, which a merged offset is not.)
 
 Reading takes a file as it is: the layers in Q4_0, Q4_1 and Q4_K become layers in groups with the
 same codes. Those in other types, as half of two kinds of layers in a Q4_K_M file, stay as they are.
@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from formats.gguf_vocabulary import tokenizer_of, write_vocabulary
 from formats.groups import layers_in_groups
 from formats.huggingface import parameter_shapes
 from formats.quantized import save_quantized
-from formats.rest import GGUF_REST
+from formats.rest import GGUF_REST, Rest, check_floats, damaged
 from llama import LINEARS, Llama, LlamaConfig
 from text.tokenizer import Tokenizer
 
@@ -100,13 +101,30 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
         tensor = tensors[f"{name}.weight"]
         blocks = in_our_order(torch.from_numpy(tensor.data.copy()), rotary_heads(name, config))
         model.set_submodule(name, from_blocks(blocks, kind, f"{path}: {tensor.name}"))
+    fill(model, float_weights(path, config, tensors))
+    return model.requires_grad_(False).to(device, dtype)
+
+
+def float_weights(path: pathlib.Path, config: LlamaConfig, tensors: dict) -> dict[str, Callable]:
+    """{parameter: a function that reads it}, dequantized; see `open_gguf`."""
     kept = {"F32": torch.float32, "BF16": torch.bfloat16}
     stored = kept.get(tensors["model.embed_tokens.weight"].tensor_type.name, torch.float16)
     weights = {}
     for name, tensor in tensors.items():
         heads = rotary_heads(name, config)
         weights[name] = functools.partial(dequantized, path, tensor, stored, heads)
-    return fill(model, weights).requires_grad_(False).to(device, dtype)
+    return weights
+
+
+def check_written(path: pathlib.Path, model: Llama, rest: Rest) -> None:
+    """Raises UserError unless the file that was written back is that of the model."""
+    try:
+        _, _, config, tensors = open_gguf(path)
+        check_floats(rest, model, float_weights(path, config, tensors))
+    except UserError:
+        raise damaged(rest.path) from None
+    if config != model.config:
+        raise damaged(rest.path)
 
 
 def is_linear(name: str) -> bool:

@@ -14,6 +14,7 @@ Nothing here needs the `mlx` package. What is read and what is refused follows m
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from formats.groups import (
     to_stream,
 )
 from formats.quantized import describe, quantized_skeleton, save_quantized
-from formats.rest import MLX_REST, Rest, damaged, save_rest
+from formats.rest import MLX_REST, Rest, check_floats, damaged, save_rest
 from llama import LINEARS, Llama, LlamaConfig
 from quant import Quantized, QuantLinear, unpack
 from text.tokenizer import MODEL, Tokenizer
@@ -106,19 +107,25 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
     config, found, kinds = open_mlx(path)
     with torch.device("meta"):
         model = Llama(config)
+    for module, kind in kinds.items():
+        if is_in_groups(module, kind):
+            parts = read_affine(found, module, kind[0])
+            layer = imported(*parts, kind[0], f"{path}: tensor {module}.weight")
+            model.set_submodule(module, layer)
+    return in_one_dtype(fill(model, float_weights(path, found, kinds)), dtype, device)
+
+
+def float_weights(path: pathlib.Path, found: dict[str, Stored], kinds: dict) -> dict[str, Callable]:
+    """{parameter: a function that reads it} of what is no layer in groups; see `open_mlx`."""
     weights = {}
     for module, kind in kinds.items():
         name = f"{module}.weight"
         if kind is None:
             weights[name] = functools.partial(read_checked, found[name], FLOATS.values())
-            continue
-        read = functools.partial(read_affine, found, module, kind[0])
-        if is_in_groups(module, kind):
-            layer = imported(*read(), kind[0], f"{path}: tensor {name}")
-            model.set_submodule(module, layer)
-        else:
+        elif not is_in_groups(module, kind):
+            read = functools.partial(read_affine, found, module, kind[0])
             weights[name] = functools.partial(dense, read, f"{path}: tensor {name}")
-    return in_one_dtype(fill(model, weights), dtype, device)
+    return weights
 
 
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
@@ -161,7 +168,10 @@ def open_mlx(path: pathlib.Path) -> tuple[LlamaConfig, dict[str, Stored], dict[s
         check_said(file, module, kinds[module], usual, quantization.get(module))
     huggingface.check_the_rest(found, known, config.tie_word_embeddings)
     if not any(is_in_groups(module, kind) for module, kind in kinds.items()):
-        raise UserError(f"{where}: no linear layer has 2, 3 or 4 bits, which adapters need")
+        raise UserError(
+            f"{where}: no linear layer has 2, 3 or 4 bits, which adapters need; make "
+            "a folder with mlx_lm.convert --quantize --q-bits 4"
+        )
     return config, found, kinds
 
 
@@ -175,7 +185,10 @@ def checked_kind(file: pathlib.Path, name: str, said: Any) -> tuple[int, int]:
     fields = said if isinstance(said, dict) else {}
     mode = fields.get("mode", "affine")
     if mode != "affine":
-        raise UserError(f"{file}: {name}: mode {json.dumps(mode)} is not supported, only affine is")
+        raise UserError(
+            f"{file}: {name}: mode {json.dumps(mode)} is not supported, only affine is; make a "
+            "folder with mlx_lm.convert --quantize --q-bits 4"
+        )
     bits, group_size = fields.get("bits"), fields.get("group_size")
     for number, allowed in ((bits, BITS), (group_size, GROUPS)):
         if type(number) is not int or number not in allowed:
@@ -315,7 +328,8 @@ def write_back(
     write_weights(folder, dict(rest.tensors), layers, dtypes)
     try:
         (folder / "config.json").write_text(rest.layout["config"], encoding="utf-8")
-        open_mlx(folder)
+        _, found, kinds = open_mlx(folder)
+        check_floats(rest, model, float_weights(folder, found, kinds))
     except (UserError, KeyError, TypeError):
         raise damaged(rest.path) from None
     write_tokenizer(tokenizer, folder)

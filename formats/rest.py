@@ -7,15 +7,18 @@ in groups, as bytes, and in its metadata what else the format needs.
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import safetensors
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cli.errors import UserError
 from cli.files import json_object, written_whole
 from formats.files import open_file
+from llama import Llama
 
 GGUF_REST, MLX_REST = RESTS = ("gguf.safetensors", "mlx.safetensors")
 
@@ -52,6 +55,16 @@ def damaged(path: pathlib.Path) -> UserError:
         f"{path} is damaged, or of another model; import the file that the model came from again, "
         "with train.py --fresh"
     )
+
+
+def check_floats(rest: Rest, model: Llama, weights: dict[str, Callable[[], Tensor]]) -> None:
+    """Raises UserError unless what was kept is what the model has; weights: functions that read it.
+
+    Either was changed since, or what was kept is another model's.
+    """
+    for name, p in model.named_parameters():
+        if name not in weights or not torch.equal(weights[name]().to(p.dtype), p):
+            raise damaged(rest.path)
 
 
 def rest_of(folder: pathlib.Path, name: str) -> Rest | None:

@@ -128,9 +128,11 @@ def test_pickles_are_fetched_where_there_are_no_safetensors(hub, fetch):
     assert contents(folder) == files
 
 
-def test_a_gptq_repository_may_name_its_one_file_as_it_likes(hub, fetch):
-    files = {"config.json": b"{}", "quantize_config.json": b"{}"}
-    files["gptq_model-4bit-128g.safetensors"] = b"w"
+@pytest.mark.parametrize("parts", [["x.safetensors"], ["1.safetensors", "2.safetensors"]])
+def test_a_gptq_repository_may_name_its_files_as_it_likes(hub, fetch, parts):
+    files = {"config.json": b"{}", "quantize_config.json": b"{}"} | dict.fromkeys(parts, b"w")
+    if len(parts) > 1:
+        files["gptq_model-4bit-128g.safetensors.index.json"] = b"{}"
     hub.repositories["model", "org/tiny"] = {**files, "README.md": b"?", "x/y.safetensors": b"?"}
     folder, _ = fetch("org/tiny")
     assert contents(folder) == files

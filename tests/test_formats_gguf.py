@@ -71,9 +71,12 @@ def test_a_newer_llama_computes_here_what_its_file_says_and_comes_back_byte_for_
         assert (read.head_dim, read.rope_scaling) == (config.head_dim, config.rope_scaling)
     unscaled = dataclasses.replace(config, rope_scaling=None)
     if config.rope_scaling:
-        (folder / "config.json").unlink()
+        text = (folder / "config.json").read_text()
         write_config(unscaled, folder, {"quantization": {"bits": 4, "group_size": 32}})
         assert relative_error(our_logits(folder, MANY_TOKENS), from_file) > 5e-2
+        with pytest.raises(UserError, match="gguf.safetensors is damaged, or of another model"):
+            export.export(folder, tmp_path / "out.gguf")
+        (folder / "config.json").write_text(text)
     export.export(folder, tmp_path / "out.gguf")
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "in.gguf").read_bytes()
 
