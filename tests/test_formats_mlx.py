@@ -422,8 +422,7 @@ def test_train_py_starts_from_a_folder_of_mlx_and_again_from_what_became_of_it(
     words = ["--data", tmp_path / "data.jsonl", "--steps", 1, "--batch-size", 2, "--rank", 2]
     words += ["--targets", "v_proj,k_proj"]
     run(train, "--weights", source, "--out", tmp_path / "run0", *words)
-    run(merge, tmp_path / "run0", "--out", tmp_path / "merged")
-    run(train, "--weights", tmp_path / "merged", "--out", tmp_path / "run1", *words)
+    run(train, "--weights", tmp_path / "run0", "--out", tmp_path / "run1", *words)
     capsys.readouterr()
     run(export, tmp_path / "run1", "--out", tmp_path / "out")
     assert f"wrote {tmp_path / 'out'}, 0." in capsys.readouterr().out
