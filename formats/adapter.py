@@ -42,7 +42,7 @@ def load_adapter(model: nn.Module, folder: str | pathlib.Path) -> dict:
     rank, alpha, targets = (settings.get(name) for name in ("rank", "alpha", "targets"))
     good_rank = type(rank) is int and rank > 0
     good_alpha = type(alpha) in (int, float) and 0 < alpha < math.inf
-    good_targets = type(targets) is list and all(name in LINEARS for name in targets)
+    good_targets = type(targets) is list and targets and all(t in LINEARS for t in targets)
     if not (good_rank and good_alpha and good_targets):
         raise UserError(
             f"{path}: rank {rank}, alpha {alpha}, targets {targets} are no adapter's; "

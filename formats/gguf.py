@@ -312,7 +312,7 @@ def dequantized(
     stored = tensor.data.reshape(-1, tensor.data.shape[-1])
     for start in range(0, len(stored), 4096):  # in float32 all of an embedding would take gigabytes
         part = gguf_package().dequantize(stored[start : start + 4096], kind)
-        rows.append(torch.from_numpy(part).to(dtype, copy=True))
+        rows.append(torch.tensor(part).to(dtype))
     values = in_our_order(torch.cat(rows).view(*tensor.shape.tolist()[::-1]), heads)
     if not values.isfinite().all():
         raise UserError(

@@ -169,8 +169,10 @@ def test_broken_json_is_one_error_that_names_the_file(tmp_path, name, layout, co
 
 
 def test_a_folder_without_a_model_or_with_a_quantized_one_is_refused(tmp_path):
-    with pytest.raises(UserError, match="none of .*config.json .*params.json"):
+    with pytest.raises(UserError, match="there is no .*nothing; name a model or a run"):
         load_pretrained(tmp_path / "nothing")
+    with pytest.raises(UserError, match="none of .*config.json .*params.json"):
+        load_pretrained(tmp_path)
     write_checkpoint(
         tmp_path, random_model(SMALL), "one.bin", quantization={"bits": 4, "group_size": 32}
     )
