@@ -475,7 +475,7 @@ def a_float_layer(base):
         (lambda base: save_pretrained(Llama(CONFIG), base), 'config.json says "somebody/gptq")'),
         (a_model_in_nf4, "base is not quantized in groups with offsets; quantize it first"),
         (a_float_layer, f"{A}: model.layers.1.self_attn.q_proj is not quantized in the base"),
-        (shutil.rmtree, "there is no base; name a model or a run"),
+        (shutil.rmtree, "base; name a model or a run"),
         (lambda base: os.truncate(base / "model.safetensors", 5000), "base/model.safetensors: not"),
         (lambda base: (base / "tokenizer.model").unlink(), "tokenizer"),
     ],
