@@ -228,6 +228,9 @@ def recipe(given: dict) -> dict:
         given = given | checked_before_weights(given, model)
     weights = weights_of(given, model)
     kept = formats.quantization_of(weights) or {}
+    for name in ("quantizer", "calibration", "calibration_tokens"):
+        if kept and name in given:
+            raise UserError(f"{option(name)} has no effect: {weights} is quantized; leave it out")
     values |= {name: kept[name] for name in ("bits", "group_size") if name in kept}
     config = formats.read_config(weights)
     if config.hidden_size > CONFIGS["13b"].hidden_size:

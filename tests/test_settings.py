@@ -102,11 +102,16 @@ def test_records_are_cut_to_the_context_of_a_model_that_has_less_than_512_tokens
 def test_weights_that_are_quantized_tell_their_bits_and_group_size(world, tmp_path, monkeypatch):
     weights = shutil.copytree(world / "weights", tmp_path / "merged")
     save_quantized(quant.quantize_model(llama.load_pretrained(weights), 3, 16), weights)
-    found = read(monkeypatch, *options(world, tmp_path / "run", weights=weights))
+    words = options(world, tmp_path / "run", weights=weights, quantizer=None)
+    found = read(monkeypatch, *words)
     assert (found["bits"], found["group_size"]) == (3, 16)
-    for wrong in (dict(bits=4), dict(group_size=32), dict(method="lora", quantizer=None)):
-        message = refusal(monkeypatch, *options(world, tmp_path / "run", weights=weights, **wrong))
+    for wrong in ("--bits 4", "--group-size 32", "--method lora"):
+        message = refusal(monkeypatch, *words, *wrong.split())
         assert "is quantized already, to 3 bits in groups of 16" in message
+    calibration = f"--calibration {world / 'records.json'}"
+    for useless in ("--quantizer rtn", calibration, "--calibration-tokens 4096"):
+        message = refusal(monkeypatch, *words, *useless.split())
+        assert f"{useless.split()[0]} has no effect: {weights} is quantized; leave it" in message
 
 
 def test_targets_that_all_stayed_float_are_refused_at_once(world, tmp_path, monkeypatch):
@@ -117,7 +122,8 @@ def test_targets_that_all_stayed_float_are_refused_at_once(world, tmp_path, monk
     model.model.layers[0].mlp.gate_proj = torch.nn.Linear(64, 96, bias=False)
     save_quantized(model, weights)
     for targets, fits in (("up_proj", False), ("up_proj,gate_proj", True), ("gate_proj", True)):
-        words = options(world, tmp_path / "run", weights=weights, targets=targets)
+        changed = dict(weights=weights, targets=targets, quantizer=None)
+        words = options(world, tmp_path / "run", **changed)
         if fits:
             assert read(monkeypatch, *words)["targets"] == targets
         else:
