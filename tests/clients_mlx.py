@@ -17,6 +17,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import unittest.mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -82,7 +83,10 @@ class MLX:
 
 
 class WideMLX(MLX):
-    """The same in float64, with dense weights; MLX's rotary embedding stays float32 inside."""
+    """The same in float64: dense weights, and what MLX computes in float32 whatever the dtype.
+
+    That is norms, rotary embedding and attention; mlx-lm's own code puts all of it together.
+    """
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -97,6 +101,43 @@ class WideMLX(MLX):
                     functools.reduce(child, filter(None, owner.split(".")), self.model), leaf, dense
                 )
         self.model.update(in_dtype(self.model.parameters(), mx.float64))
+        self.model.model.norm = functools.partial(wide_norm, self.model.model.norm)
+        for layer in self.model.layers:
+            layer.self_attn.rope = functools.partial(wide_rope, layer.self_attn.rope)
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                setattr(layer, name, functools.partial(wide_norm, layer[name]))
+
+    def logits(self, tokens):
+        with unittest.mock.patch(
+            "mlx_lm.models.llama.scaled_dot_product_attention", wide_attention
+        ):
+            return super().logits(tokens)
+
+
+def wide_norm(norm, x):
+    """What nn.RMSNorm does, in the dtype of x."""
+    return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + norm.eps) * norm.weight
+
+
+def wide_attention(queries, keys, values, cache, scale, mask):
+    """Causal attention [B, H, T, K], in the dtype of the queries."""
+    shared, T = queries.shape[1] // keys.shape[1], queries.shape[2]
+    keys, values = (mx.repeat(x, shared, axis=1) for x in (keys, values))
+    assert mask == "causal" or T == 1
+    scores = queries @ keys.swapaxes(-1, -2) * scale
+    hidden = mx.array(np.triu(np.full((T, T), -1e300), 1), dtype=mx.float64)
+    exponents = mx.exp(scores + hidden - (scores + hidden).max(-1, keepdims=True))
+    return exponents / exponents.sum(-1, keepdims=True) @ values
+
+
+def wide_rope(rope, x, offset=0):
+    """What nn.RoPE does to x [B, H, T, K], with angles in float64."""
+    assert not rope.traditional and rope.dims == x.shape[-1]
+    positions = rope.scale * np.arange(offset, offset + x.shape[2])
+    angles = np.outer(positions, rope.base ** (-np.arange(0, rope.dims, 2) / rope.dims))
+    cos, sin = (mx.array(f(angles), dtype=mx.float64) for f in (np.cos, np.sin))
+    a, b = mx.split(x, 2, axis=-1)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def child(module, name):
