@@ -128,3 +128,17 @@ def test_the_room_for_an_imported_base_is_estimated_a_little_above_what_it_takes
         model = Llama(formats.read_config(source))
     estimated = base_bytes(settings, model)
     assert taken < estimated < most * taken, (taken, estimated)
+
+
+def test_what_is_in_the_format_already_is_not_exported_to_it(world, tmp_path, run, capsys):
+    """It came from no run, so that nothing was kept of it, and what is written would be less."""
+    write_q4_k(tmp_path / "in.gguf", load_tokenizer(world / "weights"))
+    with pytest.raises(formats.UserError, match="in.gguf is what would be written already; name a"):
+        run(export, tmp_path / "in.gguf", "--out", tmp_path / "out.GGUF")
+    run(export, tmp_path / "in.gguf", "--out", tmp_path / "mlx")
+    with pytest.raises(formats.UserError, match="mlx is what would be written already; name a run"):
+        run(export, tmp_path / "mlx", "--out", tmp_path / "out")
+    run(export, tmp_path / "mlx", "--out", tmp_path / "back.GGUF")
+    assert (tmp_path / "back.GGUF").read_bytes()[:4] == b"GGUF"
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there == {"in.gguf", "mlx", "back.GGUF"}
