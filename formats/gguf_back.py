@@ -21,7 +21,7 @@ from formats.gguf_blocks import (
     heads_of_q4_k,
     in_file_order,
     in_our_order,
-    is_still,
+    is_unchanged,
     rotary_heads,
     to_q4_0,
     to_q4_1,
@@ -68,7 +68,7 @@ def kinds_now(layers: dict[str, QuantLinear], rest: Rest) -> dict[str, str]:
         fits = head is None or head.numel() == groups * HEAD
         if before[name] not in IN_GROUPS or (head is None) == (before[name] == "Q4_K") or not fits:
             raise damaged(rest.path)
-        kinds[name] = before[name] if is_still(layer, before[name], head) else "Q4_1"
+        kinds[name] = before[name] if is_unchanged(layer, before[name], head) else "Q4_1"
     return kinds
 
 

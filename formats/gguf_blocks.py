@@ -99,7 +99,7 @@ def to_q4_k(layer: QuantLinear, head: Tensor) -> Tensor:
     return torch.cat([head, pairs], dim=-1).flatten(1)
 
 
-def is_still(layer: QuantLinear, kind: str, head: Tensor | None) -> bool:
+def is_unchanged(layer: QuantLinear, kind: str, head: Tensor | None) -> bool:
     """Whether a layer can be written as the kind of blocks that it came from, without rounding."""
     if kind == "Q4_K":
         scale, offset = scales_of_q4_k(head)

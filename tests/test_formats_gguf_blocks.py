@@ -15,7 +15,7 @@ from formats.gguf_blocks import (
     heads_of_q4_k,
     in_file_order,
     in_our_order,
-    is_still,
+    is_unchanged,
     to_q4_0,
     to_q4_1,
     to_q4_k,
@@ -112,7 +112,7 @@ def test_blocks_that_are_read_are_written_as_they_were(kind, seed, blocks):
     raw = any_blocks(kind, seed, 12, blocks)
     layer = from_blocks(raw, kind, "f: t")
     head = heads_of_q4_k(raw) if kind == "Q4_K" else None
-    assert is_still(layer, kind, head)
+    assert is_unchanged(layer, kind, head)
     write = {"Q4_0": to_q4_0, "Q4_1": to_q4_1, "Q4_K": to_q4_k}[kind]
     assert torch.equal(write(layer, head) if kind == "Q4_K" else write(layer), raw)
 
@@ -123,7 +123,7 @@ def test_a_layer_that_was_tuned_keeps_its_codes_as_q4_1(kind, seed, row):
     layer = from_blocks(raw, kind, "f: t")
     layer.offset[row, 1] += 1.5
     head = heads_of_q4_k(raw) if kind == "Q4_K" else None
-    assert is_still(layer, kind, head) == (kind == "Q4_1")
+    assert is_unchanged(layer, kind, head) == (kind == "Q4_1")
     written = from_blocks(to_q4_1(layer), "Q4_1", "f: t")
     assert torch.equal(codes_of(written), codes_of(layer))
     assert torch.equal(written.scale, layer.scale.half())
@@ -136,7 +136,7 @@ def test_a_scale_that_changed_is_noticed_too(kind, seed):
     layer = from_blocks(raw, "Q4_K", "f: t")
     layer.scale = layer.scale.float().clone()
     layer.scale[1, 7] += 1
-    assert not is_still(layer, "Q4_K", heads_of_q4_k(raw))
+    assert not is_unchanged(layer, "Q4_K", heads_of_q4_k(raw))
 
 
 @given(seeds, st.sampled_from([1, 2, 3]))
