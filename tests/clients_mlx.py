@@ -8,6 +8,7 @@ line ends with how far. (So it is with an adapter over a quantized embedding, wh
 bfloat16 here.) Greedy texts and the tokens of texts must be equal.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -290,7 +291,8 @@ def check_back_and_forth(run, out):
     for recipe in (None, "mixed_2_6", "mixed_3_4"):
         source, base, back = (out / f"{recipe}-{name}" for name in ("source", "base", "back"))
         options = dict(quantize=True, q_group_size=32, q_bits=4, dtype="bfloat16")
-        mlx_lm.convert(str(folder), str(source), quant_predicate=recipe, **options)
+        with contextlib.redirect_stdout(sys.stderr):
+            mlx_lm.convert(str(folder), str(source), quant_predicate=recipe, **options)
         base.mkdir()
         formats.import_base(source, base)
         formats.load_tokenizer(run).save(base)
