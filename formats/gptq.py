@@ -53,7 +53,8 @@ class Fields(NamedTuple):
     group_size: int  # -1: the whole row is one group
     desc_act: bool  # inputs were quantized in the order of their activations
     dynamic: bool  # some layers have bits or a group size of their own
-    zeros: str  # "as they are", "minus one", or "minus one in words", see `read_zeros`
+    less_one: bool  # zeros are stored minus one, as in v1
+    in_words: bool  # that one was taken from all fields of a word at once, see `read_zeros`
 
 
 # ---- the config
@@ -104,11 +105,9 @@ def read_fields(path: pathlib.Path) -> Fields:
         refuse("bits", "2, 3 and 4")
     if type(group_size) is not int or not (group_size > 0 or group_size == -1):
         refuse("group_size", "a positive number or -1")
-    zeros = "as they are"
-    if layout == "gptq":
-        zeros = "minus one in words" if written_by_gptqmodel(fields) else "minus one"
     dynamic = bool(fields.get("dynamic"))
-    return Fields(file, bits, group_size, bool(fields.get("desc_act")), dynamic, zeros)
+    desc_act, in_words = bool(fields.get("desc_act")), written_by_gptqmodel(fields)
+    return Fields(file, bits, group_size, desc_act, dynamic, layout == "gptq", in_words)
 
 
 def written_by_gptqmodel(fields: dict) -> bool:
@@ -192,7 +191,7 @@ def open_gptq(path: pathlib.Path) -> tuple[Llama, dict[str, Callable], dict[str,
             continue
         known |= {f"{name}.{part}" for part in (*PARTS, "g_idx")}
         bits, group_size = checked_layer(file, found, name, layer, fields)
-        read = functools.partial(read_layer, found, name, bits, fields.zeros)
+        read = functools.partial(read_layer, found, name, bits, fields)
         if layer is model.lm_head:
             where = f"{path}: tensor lm_head.scales"
             weights["lm_head.weight"] = functools.partial(dense, read, where)
@@ -321,14 +320,14 @@ def wrong(stored: Stored, what: str) -> UserError:
     return UserError(f"{stored.file}: tensor {stored.name} {what}")
 
 
-def read_layer(found: dict[str, Stored], name: str, bits: int, stored_zeros: str) -> Quantized:
-    """Codes, scales and offsets of a layer that `open_gptq` has checked; zeros as Fields says.
+def read_layer(found: dict[str, Stored], name: str, bits: int, fields: Fields) -> Quantized:
+    """Codes, scales and offsets of a layer that `open_gptq` has checked.
 
     An offset is exact for scales of 16 bits; for those of float32 it may round.
     """
     scale_GO = read_float(found[f"{name}.scales"])
     outputs = scale_GO.shape[1]
-    zero_GO = read_zeros(found[f"{name}.qzeros"].read(), bits, outputs, stored_zeros)
+    zero_GO = read_zeros(found[f"{name}.qzeros"].read(), bits, outputs, fields)
     offset_GO = -scale_GO.float() * zero_GO
     words = found[f"{name}.qweight"].read().t()  # [O, I * bits / 32]
     codes = from_stream(words, bits)
@@ -340,15 +339,15 @@ def transposed(matrix: Tensor) -> Tensor:
     return matrix.t().flatten().view(matrix.shape[::-1])
 
 
-def read_zeros(qzeros: Tensor, bits: int, out_features: int, stored: str) -> Tensor:
-    """The zeros [G, O], 0 to 2^bits - 1, of int32 [G, words]; stored: as Fields says.
+def read_zeros(qzeros: Tensor, bits: int, out_features: int, fields: Fields) -> Tensor:
+    """The zeros [G, O], 0 to 2^bits - 1, of int32 [G, words].
 
     Format v1 stores zero - 1, so that a zero of 0 becomes the largest code. AutoGPTQ and others
     mean that within its own bits, and their readers drop the carry. GPTQModel, but for 3 bits,
     subtracts and adds 1 in all fields of a word at once, so that a 0 borrows from its neighbour;
     dropping the carry would leave that one too low.
     """
-    if stored == "minus one in words" and bits != 3:
+    if fields.less_one and fields.in_words and bits != 3:
         return from_stream(qzeros + (2**32 - 1) // (2**bits - 1), bits, out_features)
     zeros = from_stream(qzeros, bits, out_features)
-    return zeros if stored == "as they are" else (zeros + 1) & (2**bits - 1)
+    return (zeros + 1) & (2**bits - 1) if fields.less_one else zeros
