@@ -8,7 +8,9 @@ output and the logits, in float32: the largest error as a part of the largest ma
 with status 1 above 1e-5.
 """
 
+import contextlib
 import importlib.metadata
+import io
 import os
 import pathlib
 import random
@@ -18,10 +20,12 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+with contextlib.redirect_stdout(io.StringIO()):  # its banner
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from gptqmodel.nn_modules.qlinear.torch import TorchLinear  # noqa: E402
 
 from formats.huggingface import parameter_shapes, read_config  # noqa: E402
 from formats.peft import load_adapter, save_merged  # noqa: E402
