@@ -26,6 +26,7 @@ from cli.toy import TOY_BASE, pretrain, toy_calibration
 from formats.files import fill
 from formats.huggingface import save_pretrained
 from formats.quantized import save_quantized
+from formats.rest import kept_in
 from llama import Block, Llama
 from quant import quantize_model
 from text.batches import calibration_windows
@@ -185,8 +186,8 @@ def base_is_made(settings: Settings) -> bool:
     Raises UserError when a run that is to be resumed was trained over another base.
     """
     out = pathlib.Path(settings.out)
-    record = out / "base" / "made_from.json"
-    if settings.fresh or not record.exists():
+    record, rest = out / "base" / "made_from.json", kept_in(out / "base")
+    if settings.fresh or not record.exists() or (rest and not rest.exists()):
         return False
     if record.read_bytes() == made_from(settings, tokenizer_of(settings)).encode():
         print(f"base: {out}/base is already made from these weights in this way")

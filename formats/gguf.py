@@ -149,8 +149,9 @@ def files(path: pathlib.Path) -> list[pathlib.Path]:
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a file as a folder of our own: nothing is calibrated or quantized."""
     reader, _, config, tensors = open_gguf(path)
-    save_quantized(load_model(path), folder)
+    model = load_model(path)
     keep_rest(reader, kinds_in(tensors), config, folder / GGUF_REST)
+    save_quantized(model, folder)
 
 
 def load_tokenizer(path: pathlib.Path) -> Tokenizer:

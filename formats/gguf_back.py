@@ -90,8 +90,14 @@ def write_back(
     try:
         before = readers.pop("header")().numpy().tobytes()
         path.write_bytes(before)
-        write_tensors(path, 0, [], rest.layout["size"])  # GGUFReader wants the whole length
+        size = rest.layout["size"]
+        if not 0 < size < 2**44:
+            raise damaged(rest.path)
+        write_tensors(path, 0, [], size)  # GGUFReader wants the whole length
         reader = gguf_package().GGUFReader(path)
+        data_end = max(int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors)
+        if size > data_end + 2**16:  # more than padding
+            raise damaged(rest.path)
         file_kinds = {gguf_name(f"{name}.weight"): kind for name, kind in kinds.items()}
         places, end = places_now(reader, file_kinds)
         header = with_format(with_kinds(before, reader, places), reader, tokenizer)

@@ -130,8 +130,9 @@ def float_weights(path: pathlib.Path, found: dict[str, Stored], kinds: dict) -> 
 
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes a folder of MLX as one of our own: nothing is calibrated or quantized."""
-    save_quantized(load_model(path), folder)
+    model = load_model(path)
     keep_rest(path, folder / MLX_REST)
+    save_quantized(model, folder)
 
 
 # ---- reading: the folder
@@ -328,7 +329,9 @@ def write_back(
     write_weights(folder, dict(rest.tensors), layers, dtypes)
     try:
         (folder / "config.json").write_text(rest.layout["config"], encoding="utf-8")
-        _, found, kinds = open_mlx(folder)
+        config, found, kinds = open_mlx(folder)
+        if config != model.config:
+            raise damaged(rest.path)
         check_floats(rest, model, float_weights(folder, found, kinds))
     except (UserError, KeyError, TypeError):
         raise damaged(rest.path) from None
@@ -353,9 +356,12 @@ def dtypes_before(rest: Rest, layers: dict) -> dict[str, tuple[torch.dtype, torc
     kept = rest.layout.get("dtypes")
     if not isinstance(kept, dict) or kept.keys() != layers.keys():
         raise damaged(rest.path)
-    if not all(isinstance(pair, list) and set(pair) <= FLOATS.keys() for pair in kept.values()):
-        raise damaged(rest.path)
-    return {name: tuple(FLOATS[dtype] for dtype in pair) for name, pair in kept.items()}
+    dtypes = {}
+    for name, pair in kept.items():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(d in list(FLOATS) for d in pair)):
+            raise damaged(rest.path)
+        dtypes[name] = FLOATS[pair[0]], FLOATS[pair[1]]
+    return dtypes
 
 
 def mlx_group(group_size: int) -> int:

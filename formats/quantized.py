@@ -19,7 +19,7 @@ from cli.errors import UserError
 from cli.files import read_json, written_whole
 from formats import huggingface
 from formats.files import load_tensors, write_config
-from formats.rest import copy_rest
+from formats.rest import RESTS, copy_rest
 from llama import Llama, LlamaConfig, linears
 from quant import QuantLinear, check_group_size
 
@@ -169,7 +169,11 @@ def save_quantized(
     tensors |= dict(model.named_buffers())
     with written_whole(folder / "model.safetensors") as beside:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, beside)
-    write_config(model.config, folder, {"quantization": {**describe(model), **origin}})
+    quantization = {**describe(model), **origin}
+    for name in RESTS:  # so that it is missed where it is lost
+        if (folder / name).exists():
+            quantization["rest"] = name
+    write_config(model.config, folder, {"quantization": quantization})
 
 
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:

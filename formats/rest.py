@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cli.errors import UserError
-from cli.files import json_object, written_whole
+from cli.files import json_object, read_json, written_whole
 from formats.files import open_file
 from llama import Llama
 
@@ -40,10 +40,13 @@ def save_rest(path: pathlib.Path, tensors: dict[str, Tensor], layout: dict[str, 
 
 def open_rest(path: pathlib.Path) -> Rest:
     """What was kept; UserError where it is damaged."""
-    tensors = {name: stored.read() for name, stored in open_file(path).items()}
-    with safetensors.safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("layout", "{}")
-    layout = json_object(text.encode(), path)
+    try:
+        tensors = {name: stored.read() for name, stored in open_file(path).items()}
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("layout", "{}")
+        layout = json_object(text.encode(), path)
+    except UserError:
+        raise damaged(path) from None
     if layout.get("tensors") != sorted(tensors):
         raise damaged(path)
     return Rest(path, tensors, layout)
@@ -52,8 +55,8 @@ def open_rest(path: pathlib.Path) -> Rest:
 def damaged(path: pathlib.Path) -> UserError:
     """The error for a rest that does not belong to its model."""
     return UserError(
-        f"{path} is damaged, or of another model; import the file that the model came from again, "
-        "with train.py --fresh"
+        f"{path} is missing, damaged, or of another model; import the file that the model came "
+        "from again, with train.py --fresh"
     )
 
 
@@ -67,10 +70,24 @@ def check_floats(rest: Rest, model: Llama, weights: dict[str, Callable[[], Tenso
             raise damaged(rest.path)
 
 
+def kept_in(folder: pathlib.Path) -> pathlib.Path | None:
+    """The file in a model's folder that keeps the rest, by its config.json; None for no such."""
+    file = folder / "config.json"
+    quantization = read_json(file).get("quantization") if file.exists() else None
+    name = quantization.get("rest") if isinstance(quantization, dict) else None
+    return folder / name if name in RESTS else None
+
+
 def rest_of(folder: pathlib.Path, name: str) -> Rest | None:
-    """What a model, or the base of a run, has kept of the file that it came from, if it has."""
-    files = (folder / name, folder / "base" / name)
-    return next((open_rest(file) for file in files if file.exists()), None)
+    """What a model, or the base of a run, has kept of a file of this format, if it came from one.
+
+    Raises UserError where that is missing or damaged.
+    """
+    for place in (folder, folder / "base"):
+        file = kept_in(place)
+        if file and file.name == name:
+            return open_rest(file)
+    return None
 
 
 def copy_rest(path: pathlib.Path, folder: pathlib.Path) -> None:

@@ -64,8 +64,8 @@ def check(path: pathlib.Path) -> None:
 
 def import_base(path: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the merged model into `folder`, to be fine-tuned again."""
-    quantized.save_quantized(load_run(path), folder)
     copy_rest(path / "base", folder)
+    quantized.save_quantized(load_run(path), folder)
 
 
 def open_weights(path: pathlib.Path) -> tuple:

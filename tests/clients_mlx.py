@@ -29,6 +29,7 @@ import mlx_lm  # noqa: E402
 import mlx_lm.utils  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from helpers import forget_rest  # noqa: E402
 from helpers_mlx import FromFolder, relative  # noqa: E402
 from mlx.utils import tree_map  # noqa: E402
 
@@ -36,7 +37,6 @@ import formats  # noqa: E402
 from export import export_mlx  # noqa: E402
 from formats.huggingface import save_pretrained  # noqa: E402
 from formats.quantized import save_quantized  # noqa: E402
-from formats.rest import MLX_REST  # noqa: E402
 from llama import Llama, linears, load_pretrained  # noqa: E402
 from merge import merge  # noqa: E402
 from qalora import adapter_parameters, add_adapters  # noqa: E402
@@ -305,7 +305,7 @@ def check_back_and_forth(run, out):
         report(f"mlx_lm.convert, {recipe or '4 bits'}: in and out", equal, equal)
         fresh = out / f"{recipe}-fresh"  # as of any other mixed model, with floats for 6 bits
         shutil.copytree(base, fresh)
-        (fresh / MLX_REST).unlink()
+        forget_rest(fresh)
         export_mlx(fresh, out / f"{recipe}-out")
         compare("  as a new folder", fresh, out / f"{recipe}-out", prompts, texts_of(world.test))
         adapted(base)

@@ -1,6 +1,7 @@
 """What several test files share: small models and layers with known numbers, and the oracles."""
 
 import dataclasses
+import json
 import sys
 
 import numpy as np
@@ -301,3 +302,11 @@ def quantized_llama(seed=0, bits=3, group_size=8):
 def contents(folder):
     """{path inside the folder: bytes} of every file in it."""
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def forget_rest(folder):
+    """Makes a base of a foreign file one of our own, of which no such file can be written back."""
+    file = folder / "config.json"
+    fields = json.loads(file.read_text())
+    (folder / fields["quantization"].pop("rest")).unlink()
+    file.write_text(json.dumps(fields))

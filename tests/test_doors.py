@@ -13,6 +13,7 @@ from helpers_runs import CONFIG
 
 import export
 import formats
+import merge
 import train
 from cli.base import base_bytes
 from llama import Llama
@@ -142,3 +143,20 @@ def test_what_is_in_the_format_already_is_not_exported_to_it(world, tmp_path, ru
     assert (tmp_path / "back.GGUF").read_bytes()[:4] == b"GGUF"
     there = {path.name for path in tmp_path.iterdir()}
     assert there == {"in.gguf", "mlx", "back.GGUF"}
+
+
+def test_what_a_base_has_kept_of_its_file_is_missed_where_it_is_lost(world, tmp_path, run):
+    source, out = tmp_path / "in.gguf", tmp_path / "run"
+    write_q4_k(source, load_tokenizer(world / "weights"))
+    words = ["--data", world / "records.json", "--steps", 1, "--batch-size", 2, "--rank", 2]
+    words += ["--max-length", 64, "--weights", source, "--out", out]
+    run(train, *words)
+    run(merge, out, "--out", tmp_path / "merged")
+    run(export, tmp_path / "merged", "--out", tmp_path / "first.gguf")
+    (tmp_path / "merged" / "gguf.safetensors").unlink()
+    with pytest.raises(formats.UserError, match="merged/gguf.safetensors is missing, damaged, or"):
+        run(export, tmp_path / "merged", "--out", tmp_path / "second.gguf")
+    (out / "base" / "gguf.safetensors").unlink()
+    run(train, *words)
+    run(export, out, "--out", tmp_path / "second.gguf")
+    assert (tmp_path / "first.gguf").read_bytes() == (tmp_path / "second.gguf").read_bytes()

@@ -72,9 +72,10 @@ def test_a_newer_llama_computes_here_what_its_file_says_and_comes_back_byte_for_
     unscaled = dataclasses.replace(config, rope_scaling=None)
     if config.rope_scaling:
         text = (folder / "config.json").read_text()
-        write_config(unscaled, folder, {"quantization": {"bits": 4, "group_size": 32}})
+        quantization = {"bits": 4, "group_size": 32, "rest": "gguf.safetensors"}
+        write_config(unscaled, folder, {"quantization": quantization})
         assert relative_error(our_logits(folder, MANY_TOKENS), from_file) > 5e-2
-        with pytest.raises(UserError, match="gguf.safetensors is damaged, or of another model"):
+        with pytest.raises(UserError, match="gguf.safetensors is missing, damaged, or of another"):
             export.export(folder, tmp_path / "out.gguf")
         (folder / "config.json").write_text(text)
     export.export(folder, tmp_path / "out.gguf")

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import forget_rest
 from helpers_gguf import (
     TOKENS,
     FromFile,
@@ -198,7 +199,7 @@ def test_numbers_that_are_none_are_refused(tmp_path, tokenizer_file, kind, at):
 
 
 def assert_damaged(folder, out):
-    with pytest.raises(UserError, match="gguf.safetensors is damaged, or of another model") as e:
+    with pytest.raises(UserError, match="gguf.safetensors is missing, damaged, or of another") as e:
         export.export(folder, out)
     assert "\n" not in str(e.value) and not list(out.parent.glob("*out.gguf*"))
 
@@ -213,6 +214,10 @@ def test_what_was_kept_and_is_damaged_since_is_refused(mix, tmp_path):
     for changes in (
         {"size": "x"},
         {"size": 100},
+        {"size": -5},
+        {"size": 2**40},
+        {"size": 2**62},
+        {"size": 2 * layout["size"] + 2**17},
         {"size": None},
         {"kinds": [first]},
         {"kinds": {**layout["kinds"], first: "Q9"}},
@@ -223,6 +228,11 @@ def test_what_was_kept_and_is_damaged_since_is_refused(mix, tmp_path):
     ):
         metadata = {"layout": json.dumps(layout | changes)} if changes else None
         save_file(tensors, kept, metadata=metadata)
+        assert_damaged(folder, out)
+    for content in (b"", b"x" * 100, None):
+        kept.unlink()
+        if content is not None:
+            kept.write_bytes(content)
         assert_damaged(folder, out)
     for name, tensor in tensors.items():
         for less in ({}, {name: tensor[: len(tensor) // 2].contiguous()}):
@@ -267,7 +277,7 @@ def test_a_file_may_end_without_padding_and_its_last_tensor_grow(tmp_path, token
 def test_a_model_with_frozen_layers_becomes_a_new_file_too(mix, tmp_path):
     """Without what was kept of the old one: frozen layers are written as float16."""
     _, folder, _, _ = mix
-    (folder / "gguf.safetensors").unlink()
+    forget_rest(folder)
     export.export(folder, tmp_path / "out.gguf")
     file = FromFile(tmp_path / "out.gguf")
     assert relative_error(file.logits(TOKENS), our_logits(folder, TOKENS)) < 5e-3
