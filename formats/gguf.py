@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cli.errors import UserError
-from formats.files import checked_config, fill
+from formats.files import checked_config, fill, in_one_dtype
 from formats.gguf_back import keep_rest, to_blocks
 from formats.gguf_blocks import (
     IN_GROUPS,
@@ -36,11 +36,11 @@ from formats.gguf_blocks import (
 from formats.gguf_container import gguf_name, gguf_package, write_tensors
 from formats.gguf_rope import ROPE_FREQS, divisors, linear_scaling, llama3_scaling
 from formats.gguf_vocabulary import tokenizer_of, write_vocabulary
-from formats.groups import layers_in_groups
+from formats.groups import is_linear, layers_in_groups
 from formats.huggingface import parameter_shapes
-from formats.quantized import save_quantized
+from formats.quantized import describe, save_quantized
 from formats.rest import GGUF_REST, Rest, check_floats, damaged
-from llama import LINEARS, Llama, LlamaConfig
+from llama import Llama, LlamaConfig
 from text.tokenizer import Tokenizer
 
 HYPERPARAMETERS = {  # and of each field of a LlamaConfig, after "llama."
@@ -76,10 +76,11 @@ def read_config(path: pathlib.Path) -> LlamaConfig:
 def quantization_of(path: pathlib.Path) -> dict:
     """What its blocks are: 4 bits in groups of 32; and the layers that are in other types."""
     _, _, _, tensors = open_gguf(path)
-    kinds = kinds_in(tensors)
-    linear = [name.removesuffix(".weight") for name in tensors if is_linear(name)]
-    frozen = {name: None for name in linear if name not in kinds}
-    return {"bits": 4, "group_size": 32, **({"layers": frozen} if frozen else {})}
+    kinds, layers = kinds_in(tensors), {}
+    for name in filter(is_linear, tensors):
+        name = name.removesuffix(".weight")
+        layers[name] = (4, 32) if name in kinds else None
+    return describe(layers)
 
 
 def check(path: pathlib.Path) -> None:
@@ -101,8 +102,7 @@ def load_model(path: pathlib.Path, dtype: torch.dtype | None = None, device: str
         tensor = tensors[f"{name}.weight"]
         blocks = in_our_order(torch.from_numpy(tensor.data.copy()), rotary_heads(name, config))
         model.set_submodule(name, from_blocks(blocks, kind, f"{path}: {tensor.name}"))
-    fill(model, float_weights(path, config, tensors))
-    return model.requires_grad_(False).to(device, dtype)
+    return in_one_dtype(fill(model, float_weights(path, config, tensors)), dtype, device)
 
 
 def float_weights(path: pathlib.Path, config: LlamaConfig, tensors: dict) -> dict[str, Callable]:
@@ -125,11 +125,6 @@ def check_written(path: pathlib.Path, model: Llama, rest: Rest) -> None:
         raise damaged(rest.path) from None
     if config != model.config:
         raise damaged(rest.path)
-
-
-def is_linear(name: str) -> bool:
-    """Whether a parameter is the weight of one of a block's linear layers."""
-    return name.removesuffix(".weight").rpartition(".")[2] in LINEARS
 
 
 def kinds_in(tensors: dict[str, Any]) -> dict[str, str]:

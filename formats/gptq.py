@@ -36,7 +36,7 @@ from formats.huggingface import (
     open_listed,
     read_float,
 )
-from formats.quantized import describe, save_quantized
+from formats.quantized import describe, kinds_of, save_quantized
 from llama import Llama, LlamaConfig, linears
 from quant import Quantized, QuantLinear
 
@@ -144,7 +144,7 @@ def files(path: pathlib.Path) -> list[pathlib.Path]:
 def quantization_of(path: pathlib.Path) -> dict:
     """{"bits", "group_size"}, and "layers" where they vary, from the shapes of the tensors."""
     model, _, _ = open_gptq(path)
-    return describe(model)
+    return describe(kinds_of(model))
 
 
 def check(path: pathlib.Path) -> None:

@@ -7,10 +7,15 @@ from torch import Tensor, nn
 
 from cli.errors import UserError
 from formats.files import all_finite
-from llama import linears
+from llama import LINEARS, linears
 from quant import Quantized, QuantLinear, dequantize
 
 BLOCK = 32  # weights with one scale and offset: GGUF's, and the smallest of MLX's
+
+
+def is_linear(name: str) -> bool:
+    """Whether a module, or the weight of a module, is one of a block's linear layers."""
+    return name.removesuffix(".weight").rpartition(".")[2] in LINEARS
 
 
 def layers_in_groups(model: nn.Module) -> dict[str, QuantLinear]:
@@ -108,7 +113,7 @@ def rounding(
     for name, layer in layers.items():
         moved = []
         for values, dtype in zip((layer.scale, layer.offset), dtypes[name], strict=True):
-            if not values.to(dtype).isfinite().all():
+            if not all_finite(values.to(dtype)):
                 raise UserError(
                     f"{name}: {values.abs().max().item():g} is beyond {dtype}; where training has "
                     "diverged train again with a smaller --lr, else write an MLX folder with "

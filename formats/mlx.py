@@ -30,13 +30,14 @@ from formats.groups import (
     from_stream,
     holds,
     imported,
+    is_linear,
     layers_in_groups,
     rounding,
     to_stream,
 )
-from formats.quantized import describe, quantized_skeleton, save_quantized
+from formats.quantized import describe, kinds_of, save_quantized
 from formats.rest import MLX_REST, Rest, check_floats, damaged, save_rest
-from llama import LINEARS, Llama, LlamaConfig
+from llama import Llama, LlamaConfig
 from quant import Quantized, QuantLinear, unpack
 from text.tokenizer import MODEL, Tokenizer
 
@@ -81,14 +82,12 @@ def read_config(path: pathlib.Path) -> LlamaConfig:
 
 def quantization_of(path: pathlib.Path) -> dict:
     """Bits and group size of the layers in groups, from headers; UserError as `open_mlx`."""
-    config, _, kinds = open_mlx(path)
+    _, _, kinds = open_mlx(path)
     layers = {}
     for name, kind in kinds.items():
-        if is_in_groups(name, kind):
-            layers[name] = dict(zip(("bits", "group_size"), kind, strict=True))
-        elif name.rpartition(".")[2] in LINEARS:
-            layers[name] = None
-    return describe(quantized_skeleton(config, 4, 32, layers))
+        if is_linear(name):
+            layers[name] = kind if is_in_groups(name, kind) else None
+    return describe(layers)
 
 
 def check(path: pathlib.Path) -> None:
@@ -178,7 +177,7 @@ def open_mlx(path: pathlib.Path) -> tuple[LlamaConfig, dict[str, Stored], dict[s
 
 def is_in_groups(module: str, kind: tuple | None) -> bool:
     """Whether a module becomes a QuantLinear."""
-    return module.rpartition(".")[2] in LINEARS and kind is not None and kind[0] in (2, 3, 4)
+    return is_linear(module) and kind is not None and kind[0] in (2, 3, 4)
 
 
 def checked_kind(file: pathlib.Path, name: str, said: Any) -> tuple[int, int]:
@@ -375,7 +374,7 @@ def mlx_quantization(model: Llama) -> dict:
     def entry(kind):
         return {"group_size": mlx_group(kind["group_size"]), "bits": kind["bits"]}
 
-    usual = describe(model)
+    usual = describe(kinds_of(model))
     found = entry(usual)
     for name, kind in usual.get("layers", {}).items():
         found[name] = False if kind is None else entry(kind)

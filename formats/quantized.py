@@ -99,13 +99,18 @@ def quantized_skeleton(
     return model
 
 
-def describe(model: Llama) -> dict:
-    """The `quantization` entry of a model: {"bits", "group_size"}, and "layers" where they vary."""
+def kinds_of(model: Llama) -> dict[str, tuple[int, int] | None]:
+    """{linear layer: (bits, group size), or None for a float one}."""
     kinds = {}
     for name, layer in linears(model):
         kinds[name] = None
         if hasattr(layer, "group_size"):
             kinds[name] = layer.bits, layer.group_size
+    return kinds
+
+
+def describe(kinds: dict[str, tuple[int, int] | None]) -> dict:
+    """The `quantization` entry for these layers: {"bits", "group_size"}, "layers" that differ."""
     counts = collections.Counter(kind for kind in kinds.values() if kind)
     usual = counts.most_common(1)[0][0]
     entry = dict(zip(("bits", "group_size"), usual, strict=True))
@@ -169,7 +174,7 @@ def save_quantized(
     tensors |= dict(model.named_buffers())
     with written_whole(folder / "model.safetensors") as beside:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, beside)
-    quantization = {**describe(model), **origin}
+    quantization = {**describe(kinds_of(model)), **origin}
     for name in RESTS:  # so that it is missed where it is lost
         if (folder / name).exists():
             quantization["rest"] = name
