@@ -17,12 +17,13 @@ import argparse
 import ctypes
 import dataclasses
 import importlib.metadata
-import json
 import pathlib
 import shutil
 import sys
 import tempfile
 import types
+
+from helpers_clients import MATERIAL, STARTS, seed_texts, stories, stories_tokenizer, texts_of
 
 from helpers_llamacpp import (  # isort: skip, it puts the project on the path
     AsInFile,
@@ -47,12 +48,9 @@ from qalora import adapter_parameters, add_adapters
 from quant import load_quantized, quantize_model, save_quantized
 from text.batches import encode_asking
 from text.instructions import read_records
-from text.sentencepieces import make_model
-from text.templates import alpaca_prompt
 from text.tokenizer import load_tokenizer
 from text.toy import make_world
 
-MATERIAL = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 failures = []
 
 
@@ -148,20 +146,13 @@ def check_run(run, out):
 def check_stories(out):
     """stories260K, whose feed-forward width is filled up with zeros to 192: the same function."""
     print("\nstories260K (feed-forward 172 filled up to 192), 4 bits in groups of 32 by RTN")
-    source = load_pretrained(MATERIAL / "stories260K", torch.float32)
-    config = LlamaConfig(**{**vars(source.config), "intermediate_size": 192})
-    model = Llama(config)
-    for p, old in zip(model.parameters(), source.parameters(), strict=True):
-        p.data.zero_()[tuple(slice(n) for n in old.shape)] = old.data
     folder = out / "stories"
     folder.mkdir()
-    save_quantized(quantize_model(model, 4, 32), folder)
-    pieces = json.loads((MATERIAL / "stories260K" / "vocab.json").read_text())
-    (folder / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
+    save_quantized(quantize_model(stories(), 4, 32), folder)
+    (folder / "tokenizer.model").write_bytes(stories_tokenizer())
     tokenizer = load_tokenizer(folder)
     print("  " + "; ".join(export(folder, out / "stories.gguf")).replace(f"{out}/", ""))
-    starts = ["", "Once upon a time", "Lily and Tom", "The big dog", "One day, a little boy"]
-    prompts = [[1, *tokenizer.encode(text)] for text in starts]
+    prompts = [[1, *tokenizer.encode(text)] for text in STARTS]
     compare(folder, out / "stories.gguf", prompts, seed_texts(), greedy="undecided")
 
 
@@ -181,28 +172,6 @@ def check_trained(out):
     print("  " + "; ".join(export(folder, out / "trained.gguf")).replace(f"{out}/", ""))
     prompts = [[1, *tokenizer.encode(text)][:12] for text in texts]
     compare(folder, out / "trained.gguf", prompts, seed_texts())
-
-
-def sentencepiece_model(pieces):
-    """A sentencepiece BPE model: unk, BOS, EOS, 256 bytes, then pieces in their merges' order."""
-
-    texts = ["<unk>", "<s>", "</s>", *pieces[3:259]]
-    texts += [piece.replace(" ", "▁") for piece in pieces[259:]]
-    scores = [float(min(0, 259 - i)) for i in range(len(pieces))]
-    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(pieces) - 259)
-    return make_model(texts, scores, kinds, adds_space=True)
-
-
-def seed_texts():
-    return texts_of(read_records(MATERIAL / "self-instruct-seeds.json").records)
-
-
-def texts_of(records):
-    """Prompts and responses."""
-    texts = []
-    for asked, answer in records:
-        texts += [alpaca_prompt(asked.text, asked.input), answer.text]
-    return texts
 
 
 def check_back_and_forth(out):

@@ -23,7 +23,8 @@ from helpers_llamacpp import LlamaCpp  # isort: skip, it puts the project on the
 
 import numpy as np
 import transformers
-from check_llamacpp import MATERIAL, dequantize_file, failures, report
+from check_llamacpp import dequantize_file, failures, report
+from helpers_clients import MATERIAL
 from test_text_templates import LLAMA3
 
 import evals

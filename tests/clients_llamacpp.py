@@ -18,7 +18,8 @@ import llama_cpp
 import numpy as np
 import torch
 import transformers
-from check_llamacpp import MATERIAL, dequantize_file, failures, report, seed_texts
+from check_llamacpp import dequantize_file, failures, report
+from helpers_clients import MATERIAL, seed_texts
 
 from export import export
 from formats import import_base, load_tokenizer, quantization_of

@@ -9,10 +9,8 @@ bfloat16 here.) Greedy texts and the tokens of texts must be equal.
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
-import json
 import os
 import pathlib
 import shutil
@@ -30,6 +28,14 @@ import mlx_lm.utils  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from helpers import forget_rest  # noqa: E402
+from helpers_clients import (  # noqa: E402
+    MATERIAL,
+    STARTS,
+    seed_texts,
+    stories,
+    stories_tokenizer,
+    texts_of,
+)
 from helpers_mlx import FromFolder, relative  # noqa: E402
 from mlx.utils import tree_map  # noqa: E402
 
@@ -37,18 +43,15 @@ import formats  # noqa: E402
 from export import export_mlx  # noqa: E402
 from formats.huggingface import save_pretrained  # noqa: E402
 from formats.quantized import save_quantized  # noqa: E402
-from llama import Llama, linears, load_pretrained  # noqa: E402
+from llama import linears  # noqa: E402
 from merge import merge  # noqa: E402
 from qalora import adapter_parameters, add_adapters  # noqa: E402
 from quant import QuantLinear, quantize_model, quantize_rtn  # noqa: E402
 from text.batches import encode_asking  # noqa: E402
 from text.instructions import read_records  # noqa: E402
-from text.sentencepieces import make_model  # noqa: E402
-from text.templates import alpaca_prompt  # noqa: E402
 from text.tokenizer import load_tokenizer  # noqa: E402
 from text.toy import make_world  # noqa: E402
 
-MATERIAL = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 LIMIT = 1e-6
 failures = []
 
@@ -229,22 +232,17 @@ def check_run(run, out):
 
 def check_stories(out):
     """stories260K, whose feed-forward width is filled up with zeros to 192: the same function."""
-    source = load_pretrained(MATERIAL / "stories260K", torch.float32)
-    config = dataclasses.replace(source.config, intermediate_size=192)
     for bits in (4, 3, 2):
-        model = Llama(config)
-        for p, old in zip(model.parameters(), source.parameters(), strict=True):
-            p.data.zero_()[tuple(slice(n) for n in old.shape)] = old.data
         folder = out / f"stories-{bits}"
         folder.mkdir()
-        save_quantized(quantize_model(model, bits, 32), folder)
-        pieces = json.loads((MATERIAL / "stories260K" / "vocab.json").read_text())
-        (folder / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
+        save_quantized(quantize_model(stories(), bits, 32), folder)
+        (folder / "tokenizer.model").write_bytes(stories_tokenizer())
         tokenizer = load_tokenizer(folder)
-        starts = ["", "Once upon a time", "Lily and Tom", "The big dog", "One day, a little boy"]
-        prompts = [[1, *tokenizer.encode(text)] for text in starts]
+        prompts = [[1, *tokenizer.encode(text)] for text in STARTS]
         export_mlx(folder, out / f"stories-mlx-{bits}")
-        compare(f"stories260K, {bits} bits", folder, out / f"stories-mlx-{bits}", prompts, texts())
+        compare(
+            f"stories260K, {bits} bits", folder, out / f"stories-mlx-{bits}", prompts, seed_texts()
+        )
 
 
 def check_smollm2(file, out):
@@ -264,12 +262,12 @@ def check_smollm2(file, out):
             source,
             out / f"smollm2-mlx-{bits}",
             prompts,
-            texts(),
+            seed_texts(),
             count=16,
         )
     adapted(folder)
     export_mlx(folder, out / "smollm2-adapted")
-    compare("  with an adapter", folder, out / "smollm2-adapted", prompts, texts(), count=16)
+    compare("  with an adapter", folder, out / "smollm2-adapted", prompts, seed_texts(), count=16)
 
 
 def check_back_and_forth(run, out):
@@ -338,27 +336,6 @@ def adapted(folder):
     for p in adapter_parameters(model).values():
         p.data.normal_(0, 0.02)
     save_quantized(merge(model), folder)
-
-
-def sentencepiece_model(pieces):
-    """A sentencepiece BPE model: unk, BOS, EOS, 256 bytes, then pieces in their merges' order."""
-    names = ["<unk>", "<s>", "</s>", *pieces[3:259]]
-    names += [piece.replace(" ", "▁") for piece in pieces[259:]]
-    scores = [float(min(0, 259 - i)) for i in range(len(pieces))]
-    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(pieces) - 259)
-    return make_model(names, scores, kinds, adds_space=True)
-
-
-def texts():
-    return texts_of(read_records(MATERIAL / "self-instruct-seeds.json").records)
-
-
-def texts_of(records):
-    """Prompts and responses."""
-    found = []
-    for asked, answer in records:
-        found += [alpaca_prompt(asked.text, asked.input), answer.text]
-    return found
 
 
 def main():

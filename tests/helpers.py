@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cli.errors import run_command
 from llama import LINEARS, Llama, LlamaConfig
-from quant import Quantized, quantize_model
+from quant import Quantized, quantize_model, unpack
 from text.instructions import Turn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -191,6 +191,11 @@ def random_quantized(seed, rows, groups, group_size, bits):
     codes = integers(seed, 0, 2**bits - 1, rows, groups * group_size, dtype=torch.uint8)
     scale = integers(seed + 1, 0, 16, rows, groups, dtype=torch.float16) / 4
     return Quantized(codes, scale, integers(seed + 2, -16, 16, rows, groups) / 4)
+
+
+def codes_of(layer):
+    """The codes [O, I] of a QuantLinear."""
+    return unpack(layer.packed, layer.bits, layer.in_features)
 
 
 def dense(quantized):

@@ -18,7 +18,7 @@ import formats
 from formats import fingerprint, load_model
 from formats.adapter import save_adapter
 from formats.gguf import gguf_name
-from llama import Llama
+from llama import LINEARS, Llama
 from qalora import adapter_parameters, add_adapters
 from text.tokenizer import load_tokenizer
 
@@ -111,16 +111,16 @@ class FromFile:
         return sum(found, [])
 
 
-def run_of(base, run, seed=1):
+def run_of(base, run, seed=1, targets=LINEARS, std=0.05):
     """A finished run over the model folder `base`, which becomes its base, with an adapter that is
     not zero."""
     run.mkdir()
     (run / "run.json").write_text("{}")
     base.rename(run / "base")
-    model = add_adapters(load_model(run / "base"), 2, 4.0)
+    model = add_adapters(load_model(run / "base"), 2, 4.0, targets)
     generator = torch.Generator().manual_seed(seed)
     for p in adapter_parameters(model).values():
-        p.data.normal_(0, 0.05, generator=generator)
+        p.data.normal_(0, std, generator=generator)
     save_adapter(model, run / "adapter", base=fingerprint(run / "base"))
     return run
 

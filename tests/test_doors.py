@@ -7,7 +7,7 @@ import types
 import pytest
 import safetensors.torch
 import torch
-from helpers import linears
+from helpers import codes_of, linears
 from helpers_gptq import Folder
 from helpers_runs import CONFIG
 
@@ -17,7 +17,7 @@ import merge
 import train
 from cli.base import base_bytes
 from llama import Llama
-from quant import QuantLinear, unpack
+from quant import QuantLinear
 from text.tokenizer import load_tokenizer
 
 
@@ -49,7 +49,7 @@ def codes(model):
     found = {}
     for name, layer in linears(model).items():
         if isinstance(layer, QuantLinear):
-            found[name] = unpack(layer.packed, layer.bits, layer.in_features)
+            found[name] = codes_of(layer)
     return found
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_gguf import TEXTS
+from helpers import codes_of
 from helpers_gguf import FromFile, Type, gguf, sentencepiece_file
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from formats.gguf_blocks import (
     to_q4_1,
     to_q4_k,
 )
-from quant import QuantLinear, dequantize, quantize_rtn, unpack
+from quant import QuantLinear, dequantize, quantize_rtn
 from text.tokenizer import load_tokenizer
 
 matrices = st.tuples(
@@ -101,10 +102,6 @@ def test_a_layer_read_from_blocks_is_what_the_package_reads(kind, seed, rows, bl
         assert torch.equal(layer.offset.double(), -8 * layer.scale.double())
     else:
         assert np.array_equal(layer.dequantize().numpy(), theirs)
-
-
-def codes_of(layer):
-    return unpack(layer.packed, layer.bits, layer.in_features)
 
 
 @given(any_kind, seeds, st.integers(1, 3))

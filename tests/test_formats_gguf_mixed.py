@@ -4,12 +4,13 @@ The gguf package reads what comes out; llama.cpp itself does in check_clients.py
 """
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
-from helpers import forget_rest
+from helpers import codes_of, forget_rest
 from helpers_gguf import (
     TOKENS,
     FromFile,
@@ -19,6 +20,7 @@ from helpers_gguf import (
     our_logits,
     quantize_file,
     relative_error,
+    run_of,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,14 +28,13 @@ from safetensors.torch import load_file, save_file
 import export
 import formats
 from cli.errors import UserError
-from formats import fingerprint, load_model
-from formats.adapter import save_adapter
+from formats import load_model
 from formats.gguf import gguf_name
 from formats.gguf_blocks import from_blocks, rotary_heads
 from formats.quantized import save_quantized
 from llama import LINEARS, LlamaConfig
-from qalora import adapter_parameters, add_adapters
-from quant import QuantLinear, unpack
+from qalora import add_adapters
+from quant import QuantLinear
 from text.tokenizer import load_tokenizer
 
 WIDE = LlamaConfig(300, 256, 512, 2, 8, 4, max_position_embeddings=77, rms_norm_eps=1e-5)
@@ -65,17 +66,7 @@ def mix(request, tmp_path, tokenizer_file):
     return file, imported(file, tokenizer_file, tmp_path / "base"), before, after
 
 
-def tuned(base, run, targets=LINEARS):
-    """A run over `base` whose adapters are not zero."""
-    run.mkdir()
-    (run / "run.json").write_text("{}")
-    base.rename(run / "base")
-    model = add_adapters(load_model(run / "base"), 2, 4.0, targets)
-    torch.manual_seed(1)
-    for p in adapter_parameters(model).values():
-        torch.nn.init.normal_(p, std=0.1)
-    save_adapter(model, run / "adapter", base=fingerprint(run / "base"))
-    return run
+tuned = functools.partial(run_of, std=0.1)  # so that it shows in the logits
 
 
 def in_groups(file):
@@ -89,10 +80,6 @@ def in_groups(file):
             if tensor.tensor_type.name not in FROZEN:
                 found[layer] = tensor
     return found
-
-
-def codes_of(layer):
-    return unpack(layer.packed, layer.bits, layer.in_features)
 
 
 def test_it_computes_here_what_the_file_says_and_comes_back_byte_for_byte(mix, tmp_path):
@@ -150,7 +137,7 @@ def test_fine_tuning_writes_tuned_layers_as_q4_1_with_the_same_codes(mix, tmp_pa
 
 def test_layers_that_were_not_tuned_keep_their_type_and_bytes(mix, tmp_path):
     file, folder, type_before, _ = mix
-    run = tuned(folder, tmp_path / "run", ["o_proj"])
+    run = tuned(folder, tmp_path / "run", targets=["o_proj"])
     export.export(run, tmp_path / "out.gguf")
     before, after = FromFile(file), FromFile(tmp_path / "out.gguf")
     for name, tensor in before.tensors.items():
