@@ -36,11 +36,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, alpha: float):
         super().__init__()
         self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
-        a = torch.empty(rank, base.in_features, dtype=torch.float32)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: a seed means the same everywhere
-        b = torch.zeros(base.out_features, rank, dtype=torch.float32)  # so B A = 0 at first
         device = next(iter(base.state_dict().values())).device  # an NF4Linear has no parameter
-        self.lora_A, self.lora_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
+        self.lora_A, self.lora_B = factors(base.out_features, base.in_features, rank, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -56,6 +53,16 @@ class LoRALinear(nn.Module):
         merged = weight + self.scaling * self.lora_B @ self.lora_A
         layer.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
         return layer
+
+
+def factors(
+    rows: int, columns: int, rank: int, device: torch.device
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [R, columns], random, and B [rows, R], zero: so B A = 0 at first. Both are float32."""
+    a = torch.empty(rank, columns, dtype=torch.float32)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: a seed means the same everywhere
+    b = torch.zeros(rows, rank, dtype=torch.float32)
+    return nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
 
 
 # ---- NF4

@@ -1,56 +1,62 @@
-"""The paper's comparison at toy scale: models fine-tuned and deployed at 4, 3 or 2 bits.
+"""The paper's comparison: models fine-tuned by its methods and deployed at 4, 3 or 2 bits.
 
-    python compare.py                                the table, three seeds: 1 to 2 hours on 2 cores
-    python compare.py --quick                        a smaller world and model, no ablations: 3 min
-    python compare.py --plot results/compare.json    prints it again, draws results/compare.png
+    python compare.py                              the toy study, three seeds: 1 to 2 hours, 2 cores
+    python compare.py --quick                      a smaller world and model, no ablations: 3 min
+    python compare.py --weights MODEL --data RECORDS.json --text FILE.txt --choices FILE.jsonl
+    python compare.py --plot results/compare.json  prints it again, draws results/compare.png
 
-Every seed has a world, a tokenizer and a pretrained base of its own, kept in runs/ and shared by
-all methods. All methods see the same examples in the same order, for the same number of steps, with
-the same rank. What differs is the learning rate. Each row of the table takes the one whose deployed
-model answered best about the validation people, on a seed that is not reported; ablations take the
-rate of their row. The people of the test are met only after that, on fresh seeds.
+All methods see the same examples in the same order, for the same number of steps, with the same
+rank. What differs is the learning rate. Each row of the table takes the one whose deployed model
+did best on examples held back from fine-tuning, on a seed that is not reported; rates are doubled
+or halved until the best has a worse one on either side. Ablations take the rate of their row. The
+test is met only after that, on fresh seeds.
 
-Unlike train.py's, this base is dense: 24,000 bits of facts in 460,000 weights. So quantizing hurts
-it as it hurts a real LLaMA: hardly at 4 bits, a little at 3 and badly at 2. (Asked 300 of its facts
-in its own words, one such base knew all; after GPTQ in groups of 8 it knew 99.7, 99.0 and 91.7 % at
-4, 3 and 2 bits; at 2 bits in groups of 16 and 32, 80.7 and 70.7 %. A base of a million weights and
-a third of the people hardly noticed 2 bits.) In groups of 8 the adapters see 16 pooled inputs; in
-a LLaMA-7B they see 128 or more.
+Finished jobs are kept beside the results, in OUT.jobs: a comparison that was interrupted goes on
+where it was, and one with another method does only that method's jobs.
+
+The toy study has a world, a tokenizer and a pretrained base for every seed, kept in runs/. Unlike
+train.py's, this base is dense: 24,000 bits of facts in 460,000 weights. So quantizing hurts it as
+it hurts a real LLaMA: hardly at 4 bits, a little at 3 and badly at 2. (Asked 300 of its facts in
+its own words, one such base knew all; after GPTQ in groups of 8 it knew 99.7, 99.0 and 91.7 % at 4,
+3 and 2 bits; at 2 bits in groups of 16 and 32, 80.7 and 70.7 %. A base of a million weights and a
+third of the people hardly noticed 2 bits.) In groups of 8 the adapters see 16 pooled inputs; in a
+LLaMA-7B they see 128 or more.
+
+With --weights, a real language model is fine-tuned on all but the last 100 of the records, and
+judged on those, by the perplexity of a text, and on multiple-choice questions. All seeds share the
+model; the order of the examples and the adapters' first values are theirs. A model that is
+quantized already is dequantized, and that is the float model of the comparison.
 """
 
+import argparse
 import concurrent.futures
-import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
-import multiprocessing
-import os
 import pathlib
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import evals
+import formats
 from baselines import quantize_model_nf4
-from cli.comparison import differences, plot, table
-from cli.errors import Parser, positive, run_command
+from cli.comparison import METRICS, differences, plot, table
+from cli.errors import Parser, UserError, positive, run_command
 from cli.files import new_file, written_whole
+from cli.jobs import pool_of, run_and_keep
 from cli.measure import bits_per_weight
 from cli.runs import adamw
-from cli.toy import pretrain, toy_calibration
-from llama import LINEARS, Llama, LlamaConfig, load_pretrained
+from cli.subjects import Material, Real, Toy, real
+from llama import LINEARS, Llama
 from merge import merge
 from qalora import adapter_parameters, add_adapters
-from quant import quantize_model
-from text.batches import Example, calibration_windows, encode, token_stream
-from text.instructions import Record
-from text.tokenizer import Tokenizer, load_tokenizer
-from text.toy import ATTRIBUTES, World, make_world
+from quant import load_quantized, quantize_model, save_quantized
+from text.batches import Example
 from train import fine_tune
 
 
@@ -58,152 +64,145 @@ from train import fine_tune
 class Study:
     """What all jobs of a comparison share; the results' file holds it as "settings"."""
 
-    model: dict  # of the bases: fields of LlamaConfig
-    people: int  # in a world
-    pretraining: dict  # steps, lr, batch_size, length, warmup: see cli.toy.pretrain
+    subject: Toy | Real  # what the methods are compared on
     bits: tuple[int, ...]  # descending
     group_size: int  # inputs that share a scale and an offset
-    group_sizes: tuple[int, ...]  # of the ablation, at the fewest bits
     rank: int  # of all adapters
     alpha: float
     steps: int  # of fine-tuning
     batch_size: int  # examples in a step
-    rates: tuple[float, ...]  # learning rates to choose from
-    ablations: bool  # whether to run them
+    rates: tuple[float, ...]  # learning rates to begin with
+    ablations: tuple[dict, ...] = ()  # what changes in a Job, at the bits that each names
+
+    def describe(self) -> dict:
+        """All of it, fit for JSON."""
+        return {**dataclasses.asdict(self), "subject": self.subject.describe()}
 
 
+_DENSE = dict(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+)
+_HALF = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2)
+_TWO_HEADS = dict(num_attention_heads=2, num_key_value_heads=2)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FULL = Study(
-    model=dict(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
+    subject=Toy(
+        model=_DENSE,
+        people=1000,
+        pretraining=dict(steps=5000, lr=3e-3, batch_size=16, length=128, warmup=200),
     ),
-    people=1000,
-    pretraining=dict(steps=5000, lr=3e-3, batch_size=16, length=128, warmup=200),
     bits=(4, 3, 2),
     group_size=8,
-    group_sizes=(8, 16, 32, 64),
     rank=8,
     alpha=16.0,
     steps=150,
     batch_size=32,
-    rates=(1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
-    ablations=True,
+    rates=(5e-4, 1e-3, 2e-3),
+    ablations=(
+        dict(bits=2, group_size=16),
+        dict(bits=2, group_size=32),
+        dict(bits=2, group_size=64),
+        dict(bits=3, search=False),
+        dict(bits=2, search=False),
+        dict(bits=2, targets=ATTENTION),
+        dict(bits=2, share=1 / 8),
+        dict(bits=2, ranks=2),
+    ),
 )
-_HALF = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2)
-_TWO_HEADS = dict(num_attention_heads=2, num_key_value_heads=2)
 QUICK = dataclasses.replace(
     FULL,
-    model=FULL.model | _HALF | _TWO_HEADS,
-    people=300,
-    pretraining=dict(steps=2000, lr=1e-2, batch_size=16, length=96, warmup=100),
+    subject=Toy(
+        model=_DENSE | _HALF | _TWO_HEADS,
+        people=300,
+        pretraining=dict(steps=2000, lr=1e-2, batch_size=16, length=96, warmup=100),
+    ),
     steps=100,
     rates=(1e-3, 2e-3),
-    ablations=False,
+    ablations=(),
+)
+REAL = dict(  # of a real language model, whose subject comes from the command line
+    bits=(4, 3, 2),
+    group_size=32,
+    rank=16,
+    alpha=32.0,
+    steps=125,
+    batch_size=8,
+    rates=(5e-4, 1e-3, 2e-3),
+    ablations=(dict(bits=4, group_size=64),),
 )
 CHOOSING_SEED = 0  # the learning rates are chosen here; seeds 1, 2, ... are reported
-MAX_LENGTH = 512  # tokens of an example
-CALIBRATION_TOKENS = 2**14
+FACTOR = 2**6  # learning rates are tried up to so many times the first ones, or a part of them
 
 
 class Job(NamedTuple):
     """One fine-tuning, or none ("base"), and all that is deployed from it.
 
-    The three requantizations of QLoRA share one adapter, unless they prefer other learning rates.
-    The defaults are those of the table's rows.
+    The requantizations of QLoRA share one adapter, unless they prefer other learning rates. The
+    defaults are those of the table's rows.
     """
 
     seed: int
-    method: str  # "base", "LoRA", "QLoRA" or "QA-LoRA"
+    method: str  # "base", "LoRA", "QLoRA", "QA-LoRA" or "QA-LoRA with scales"
     lr: float = 0.0
     bits: int = 0  # of QA-LoRA's base; the others' models are quantized afterwards, to all bits
     group_size: int = 0  # likewise
     search: bool = True  # of GPTQ's ranges
     targets: tuple[str, ...] = LINEARS
     share: float = 1.0  # of the fine-tuning examples
-
-
-# ---- the worlds and their splits
-
-
-def base_folder(study: Study, seed: int) -> pathlib.Path:
-    """Where the base of a seed is kept; it is pretrained if it is not there."""
-    sizes = (*study.model.values(), study.people, *study.pretraining.values(), seed)
-    folder = pathlib.Path("runs/compare-bases") / "-".join(str(size) for size in sizes)
-    if not (folder / "config.json").exists():
-        world = make_world(seed, study.people)
-        pretrain(world, folder, LlamaConfig(**study.model), seed=seed, **study.pretraining)
-    return folder
-
-
-def split(world: World) -> tuple[list[Record], list[Record]]:
-    """(records to fine-tune on, records to choose by): the last quarter of the people is apart."""
-    people = len(world.train) // len(ATTRIBUTES)
-    border = (people - people // 4) * len(ATTRIBUTES)
-    return world.train[:border], world.train[border:]
-
-
-def judge(model: Llama, tokenizer: Tokenizer, world: World, choosing: bool) -> dict[str, float]:
-    """The metrics of a deployed model: on the validation people when choosing, else on the test."""
-    if choosing:
-        records = split(world)[1]
-        examples = encode(records, tokenizer, MAX_LENGTH)[0]
-        return {
-            "exact_match": evals.exact_match(model, tokenizer, records, 8),
-            "loss": evals.response_loss(model, examples, 64),
-        }
-    stream = token_stream(world.heldout, tokenizer)
-    choices = evals.multiple_choice(model, tokenizer, world.choices, 256)
-    return {
-        "exact_match": evals.exact_match(model, tokenizer, world.test, 8),
-        "multiple_choice": choices["accuracy"],
-        "perplexity": evals.perplexity(model, stream, 64, None, 64),
-    }
+    ranks: int = 1  # times the study's rank
 
 
 # ---- one job
 
 
-def run(study: Study, job: Job, rates: dict[str, float] | None) -> list[dict]:
+def run(study: Study, job: Job, rows: tuple[str, ...] | None) -> list[dict]:
     """Runs a job; returns a dict for every model deployed from it: row, job and measurements.
 
-    rates: {row: learning rate}, so that only rows that chose the job's rate are deployed; None
-    while choosing.
+    rows: the names of those to deploy; None while choosing, which is all of the table's.
     """
-    folder = base_folder(study, job.seed)
-    world = make_world(job.seed, study.people)
-    tokenizer, model = load_tokenizer(folder), load_pretrained(folder)
-    records = split(world)[0]
-    shown = toy_calibration(world._replace(train=records))
-    context = model.config.max_position_embeddings
-    calibration = calibration_windows(shown, tokenizer, context, CALIBRATION_TOKENS)
+    choosing = rows is None
+    material = study.subject.material(job.seed, choosing)
+    model = material.model
     if job.method == "QLoRA":
         quantize_model_nf4(model)
-    if job.method == "QA-LoRA":
-        quantize_model(model, job.bits, job.group_size, calibration, job.search)
+    if job.method.startswith("QA-LoRA"):
+        model = quantized_base(study, job, material)
     fitted = {"trainable": 0, "seconds": 0.0}
     if job.method != "base":
-        used = records[: round(job.share * len(records))]
-        fitted = adapt(study, job, model, encode(used, tokenizer, MAX_LENGTH)[0])
-    rows = []
-    for name, make in deployments(study, job, model, calibration, choosing=rates is None):
-        if rates is None or job.method == "base" or rates[name.partition(",")[0]] == job.lr:
+        used = material.examples[: round(job.share * len(material.examples))]
+        fitted = adapt(study, job, model, used)
+    measured = []
+    for name, make in deployments(study, job, model, material, choosing):
+        if choosing or name in rows:
             deployed = make()
             row = {"row": name, **job._asdict(), **fitted}
             row["bits_per_weight"] = bits_per_weight(deployed)
-            rows.append(row | judge(deployed, tokenizer, world, choosing=rates is None))
-    return rows
+            measured.append(row | material.judge(deployed))
+    return measured
+
+
+def quantized_base(study: Study, job: Job, material: Material) -> Llama:
+    """The job's base, quantized by GPTQ to its bits; kept, as several jobs share it."""
+    name = f"gptq-{job.bits}-{job.group_size}-{'search' if job.search else 'min-max'}"
+    folder = study.subject.folder(job.seed) / name
+    if not (folder / "config.json").exists():
+        save_quantized(requantized(material.model, job, material.calibration), folder)
+    return load_quantized(folder)
 
 
 def adapt(study: Study, job: Job, model: Llama, examples: list[Example]) -> dict[str, float]:
     """Adds adapters to `model` and trains them; returns their number and the CPU's seconds."""
     torch.manual_seed(job.seed)
-    add_adapters(model, study.rank, study.alpha, job.targets)
+    scales = job.method == "QA-LoRA with scales"
+    rank, alpha = job.ranks * study.rank, job.ranks * study.alpha
+    add_adapters(model, rank, alpha, job.targets, scales)
     parameters = list(adapter_parameters(model).values())
     start = time.process_time()  # one thread a process, so this is the time on a quiet machine
     steps = fine_tune(
@@ -223,61 +222,68 @@ def adapt(study: Study, job: Job, model: Llama, examples: list[Example]) -> dict
 
 
 def deployments(
-    study: Study, job: Job, model: Llama, calibration: Tensor, choosing: bool
+    study: Study, job: Job, model: Llama, material: Material, choosing: bool
 ) -> Iterator[tuple[str, Callable[[], Llama]]]:
     """(row, a function that makes its model) for all that is deployed; merges `model` meanwhile."""
-    name = job.method + suffix(study, job)
+    name = row_of(study, job)
     if job.method == "QLoRA":
         yield name, lambda: model
     if job.method != "base":
         merge(model)
     if job.method != "QLoRA":
         yield name, lambda: model
-    if job.method in ("base", "QLoRA"):
-        for row, bits, group_size, search in requantizations(study, job, choosing):
-            tokens = None if row.startswith("RTN") else calibration
-            yield row, functools.partial(requantized, model, bits, group_size, tokens, search)
+    for made in requantizations(study, job, choosing):
+        tokens = None if made.method == "RTN" else material.calibration
+        make = functools.partial(requantized, model, made, tokens)
+        if made.method == "GPTQ":
+            make = functools.partial(quantized_base, study, made, material)
+        yield row_of(study, made), make
 
 
-def requantized(
-    model: Llama, bits: int, group_size: int, calibration: Tensor | None, search: bool
-) -> Llama:
-    """A quantized copy."""
-    return quantize_model(copy.deepcopy(model), bits, group_size, calibration, search)
+def requantized(model: Llama, job: Job, calibration: Tensor | None) -> Llama:
+    """A quantized copy, by GPTQ or by RTN."""
+    return quantize_model(copy.deepcopy(model), job.bits, job.group_size, calibration, job.search)
 
 
-def requantizations(study: Study, job: Job, choosing: bool) -> Iterator[tuple[str, int, int, bool]]:
-    """(row, bits, group size, search) for every model to be made from a float one."""
-    plain = job == Job(job.seed, job.method, job.lr)
-    ablations = plain and study.ablations and not choosing
-    lowest = study.bits[-1]
+def requantizations(study: Study, job: Job, choosing: bool) -> list[Job]:
+    """The job as it is for every model that is quantized from a float one: method, bits and more.
+
+    A change of what is adapted or learned from has been trained for; it is deployed at its bits.
+    """
+    if job.method not in ("base", "QLoRA"):
+        return []
     method = "GPTQ" if job.method == "base" else "QLoRA w/ GPTQ"
-    for bits in study.bits if plain else (lowest,):
-        if job.method == "base":
-            yield f"RTN {bits} bits", bits, study.group_size, True
-        group_sizes, searches = (study.group_size,), (True,)
-        if ablations and bits == lowest and job.method == "QLoRA":
-            group_sizes = study.group_sizes
-        if ablations and bits < 4:
-            searches = (True, False)
-        for group_size in group_sizes:
-            for search in searches if group_size == study.group_size else (True,):
-                made = job._replace(bits=bits, group_size=group_size, search=search)
-                yield method + suffix(study, made), bits, group_size, search
+    plain = job._replace(method=method, group_size=study.group_size)
+    if job.bits:
+        return [plain]
+    made = [plain._replace(bits=bits) for bits in study.bits]
+    if not choosing:
+        made += [plain._replace(**change) for change in study.ablations if not retrains(change)]
+    if job.method == "base":
+        made += [gptq._replace(method="RTN") for gptq in made if gptq.search]
+    return made
 
 
-def suffix(study: Study, job: Job) -> str:
-    """The end of a row's name: bits, if quantized in groups; after a comma, what is ablated."""
-    end = f" {job.bits} bits" if job.bits else ""
+def retrains(change: dict) -> bool:
+    """Whether an ablation needs another adapter, even where the base is quantized afterwards."""
+    return not change.keys().isdisjoint(("targets", "share", "ranks"))
+
+
+def row_of(study: Study, job: Job) -> str:
+    """A row's name: the method, and bits if quantized in groups; after a comma, what is ablated."""
+    in_groups = job.bits and job.method != "QLoRA"
+    name = f"{job.method} {job.bits} bits" if in_groups else job.method
     if job.group_size not in (0, study.group_size):
-        end += f", groups of {job.group_size}"
+        name += f", groups of {job.group_size}"
     if not job.search:
-        end += ", min-max ranges"
+        name += ", min-max ranges"
     if job.targets != LINEARS:
-        end += ", attention only"
+        name += ", attention only"
     if job.share < 1:
-        end += f", 1/{round(1 / job.share)} of the examples"
-    return end
+        name += f", 1/{round(1 / job.share)} of the examples"
+    if job.ranks == 2:
+        name += ", twice the rank"
+    return name
 
 
 # ---- all jobs
@@ -285,60 +291,94 @@ def suffix(study: Study, job: Job) -> str:
 
 def main_jobs(study: Study, seed: int) -> list[Job]:
     """The fine-tunings of the table, without their learning rates."""
-    qalora = [Job(seed, "QA-LoRA", 0.0, bits, study.group_size) for bits in study.bits]
-    return [Job(seed, "LoRA"), Job(seed, "QLoRA"), *qalora]
+    jobs = [Job(seed, "LoRA"), Job(seed, "QLoRA")]
+    for method in ("QA-LoRA", "QA-LoRA with scales"):
+        jobs += [Job(seed, method, 0.0, bits, study.group_size) for bits in study.bits]
+    return jobs
 
 
 def ablation_jobs(study: Study, seed: int) -> list[Job]:
-    """One change at a time: groups, ranges, adapted layers, examples; mostly at the fewest bits."""
-    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
-    qalora = Job(seed, "QA-LoRA", 0.0, study.bits[-1], study.group_size)
-    both = (qalora, Job(seed, "QLoRA"))
-    other_sizes = [size for size in study.group_sizes if size != study.group_size]
-    jobs = [qalora._replace(group_size=size) for size in other_sizes]
-    jobs += [qalora._replace(search=False, bits=bits) for bits in study.bits if bits < 4]
-    jobs += [job._replace(targets=attention) for job in both]
-    jobs += [job._replace(share=1 / 8) for job in both]
+    """One change at a time. QLoRA's are trained only where that is not for the table already."""
+    jobs = []
+    for change in study.ablations:
+        for method in ("QA-LoRA", "QA-LoRA with scales"):
+            jobs.append(Job(seed, method, group_size=study.group_size)._replace(**change))
+        if retrains(change):
+            jobs.append(Job(seed, "QLoRA")._replace(**change))
     return jobs
 
 
 def choose(rows: list[dict]) -> dict[str, float]:
-    """{row: learning rate} of most exact matches on the validation people, then of least loss."""
+    """{row: learning rate} of the most merit on what is held back for choosing."""
     best = {}
-    for row in sorted(rows, key=lambda row: (row["exact_match"], -row["loss"])):
+    for row in sorted(rows, key=lambda row: row["merit"]):
         best[row["row"]] = row["lr"]
     return best
 
 
-def rated(study: Study, job: Job, rates: dict[str, float]) -> list[Job]:
-    """The job once for every learning rate that a row deployed from it has chosen.
+def deployed_rows(study: Study, job: Job) -> list[str]:
+    """The names of all rows that a job is deployed as in the end."""
+    rows = [row_of(study, job)]
+    return rows + [row_of(study, made) for made in requantizations(study, job, False)]
 
-    An ablation takes its plain row's; QLoRA's are deployed as they are and at the fewest bits.
+
+def rated(study: Study, job: Job, rates: dict[str, float]) -> list[tuple[Job, tuple[str, ...]]]:
+    """The job once for every learning rate that one of its rows has chosen, with those rows.
+
+    An ablation takes that of its plain row.
     """
-    if job.method == "QLoRA" and job != Job(job.seed, "QLoRA"):
-        chosen = {rates["QLoRA"], rates[f"QLoRA w/ GPTQ {study.bits[-1]} bits"]}
-    else:
-        start = f"{job.method} {job.bits} bits" if job.bits else job.method
-        chosen = {lr for row, lr in rates.items() if row.startswith(start)}
-    return [job._replace(lr=lr) for lr in sorted(chosen)]
+    rows = {}
+    for name in deployed_rows(study, job):
+        rows.setdefault(rates.get(name.partition(",")[0], 0.0), []).append(name)
+    return [(job._replace(lr=lr), tuple(names)) for lr, names in sorted(rows.items())]
 
 
-def compare(study: Study, seeds: list[int], workers: int) -> dict:
-    """Runs everything; returns what the results' file holds."""
+def next_rates(tried: Iterable[float], best: Iterable[float]) -> list[float]:
+    """Half the least rate that was tried, or twice the greatest, where it was a best one."""
+    least, greatest = min(tried), max(tried)
+    more = [least / 2] if least in best else []
+    return more + ([2 * greatest] if greatest in best else [])
+
+
+def choose_rates(study: Study, run_all: Callable) -> tuple[dict[str, float], list[dict]]:
+    """({row: learning rate}, the rows that were tried), none at the end of what was tried."""
+    jobs = main_jobs(study, CHOOSING_SEED)
+    waiting = {job: list(study.rates) for job in jobs}
+    rows = {job: [] for job in jobs}
+    while waiting:
+        todo = []
+        for job, rates in waiting.items():
+            todo += [(job._replace(lr=lr), None) for lr in rates]
+        for (job, _), found in zip(todo, run_all(todo), strict=True):
+            rows[job._replace(lr=0.0)] += found
+        waiting = {}
+        for job in jobs:
+            tried = {row["lr"] for row in rows[job]}
+            more = next_rates(tried, choose(rows[job]).values())
+            more = [lr for lr in more if min(study.rates) / FACTOR < lr < max(study.rates) * FACTOR]
+            if more:
+                waiting[job] = more
+    tried = joined(rows.values())
+    return choose(tried), tried
+
+
+def joined(lists: Iterable[list]) -> list:
+    """All elements of some lists."""
+    return list(itertools.chain.from_iterable(lists))
+
+
+def compare(study: Study, seeds: list[int], workers: int, kept: pathlib.Path) -> dict:
+    """Runs everything that is not in the file `kept`; returns what the results' file holds."""
     with pool_of(workers) as pool:
-        bases = [CHOOSING_SEED, *seeds]
-        list(pool.map(base_folder, [study] * len(bases), bases))
-        jobs = []
-        for job in main_jobs(study, CHOOSING_SEED):
-            jobs += [job._replace(lr=lr) for lr in study.rates]
-        validation = run_all(pool, study, jobs, None)
-        rates = choose(validation)
+        run_all = functools.partial(run_jobs, pool, study, kept)
+        list(pool.map(study.subject.prepare, [CHOOSING_SEED, *seeds]))
+        rates, validation = choose_rates(study, run_all)
         print("learning rates:", json.dumps(rates), flush=True)
-        rows = run_all(pool, study, reported_jobs(study, seeds, rates), rates)
+        rows = joined(run_all(reported_jobs(study, seeds, rates)))
     bases = [row for row in rows if row["method"] == "base"]
     rows.sort(key=order(bases + validation + rows))
     return {
-        "settings": dataclasses.asdict(study),
+        "settings": study.describe(),
         "seeds": seeds,
         "rates": rates,
         "validation": validation,
@@ -346,52 +386,44 @@ def compare(study: Study, seeds: list[int], workers: int) -> dict:
     }
 
 
-def reported_jobs(study: Study, seeds: list[int], rates: dict[str, float]) -> list[Job]:
-    """All jobs whose rows are reported."""
-    jobs = [Job(seed, "base") for seed in seeds]
-    for plan in (main_jobs, ablation_jobs) if study.ablations else (main_jobs,):
-        for seed in seeds:
-            for job in plan(study, seed):
-                jobs += rated(study, job, rates)
+def reported_jobs(
+    study: Study, seeds: list[int], rates: dict[str, float]
+) -> list[tuple[Job, tuple[str, ...]]]:
+    """All jobs whose rows are reported, seed by seed, and which rows."""
+    first = {study.subject.folder(seed): seed for seed in reversed(seeds)}  # with a base's own seed
+    jobs = []
+    for seed in seeds:
+        base = [Job(seed, "base")] if seed in first.values() else []
+        for job in (*base, *main_jobs(study, seed), *ablation_jobs(study, seed)):
+            jobs += rated(study, job, rates)
     return jobs
 
 
-def run_all(
-    pool: concurrent.futures.Executor, study: Study, jobs: list[Job], rates: dict[str, float] | None
-) -> list[dict]:
-    """The rows of all jobs, in the order of the jobs; prints each when it is done."""
-    start = time.monotonic()
-    futures = [pool.submit(run, study, job, rates) for job in jobs]
-    for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-        for row in future.result():
-            progress = f"{done}/{len(jobs)}, {time.monotonic() - start:.0f} s"
-            which = f"seed {row['seed']}, lr {row['lr']:g}, {row['row']}"
-            print(f"[{progress}] {which}: exact match {row['exact_match']:.3f}", flush=True)
-    rows = []
-    for future in futures:
-        rows += future.result()
-    return rows
+def run_jobs(
+    pool: concurrent.futures.Executor, study: Study, kept: pathlib.Path, jobs: list[tuple]
+) -> list[list[dict]]:
+    """The rows of each (job, rows to deploy)."""
+    names = [name_of(study, *job) for job in jobs]
+    arguments = {name: (study, *job) for name, job in zip(names, jobs, strict=True)}
+    done = run_and_keep(pool, kept, run, arguments, tell)
+    return [done[name] for name in names]
 
 
-@contextlib.contextmanager
-def pool_of(workers: int) -> Iterator[concurrent.futures.Executor]:
-    """A pool of processes. An exception, such as Ctrl-C, ends them at once, with what is queued."""
-    context = multiprocessing.get_context("spawn")
-    executor = concurrent.futures.ProcessPoolExecutor
-    with executor(workers, context, initializer=prepare_worker) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+def name_of(study: Study, job: Job, rows: tuple[str, ...] | None) -> str:
+    """All that a job's result depends on, as JSON; not which others there are beside it."""
+    shared = study.describe()
+    del shared["rates"], shared["ablations"]
+    usual = Job(0, "")
+    chosen = {field: v for field, v in job._asdict().items() if v != getattr(usual, field)}
+    return json.dumps([shared, {"seed": job.seed, **chosen}, rows])
 
 
-def prepare_worker() -> None:
-    """One thread, as matrices are small; no progress bars, as two would overwrite each other."""
-    torch.set_num_threads(1)
-    sys.stderr = pathlib.Path(os.devnull).open("w")  # noqa: SIM115, open to the end
+def tell(progress: str, rows: list[dict]) -> None:
+    """Prints what a job has measured."""
+    for row in rows:
+        scores = [f"{metric} {row[metric]:.4g}" for metric in METRICS if metric in row]
+        which = f"seed {row['seed']}, lr {row['lr']:g}, {row['row']}"
+        print(f"[{progress}] {which}: {', '.join(scores)}", flush=True)
 
 
 def order(rows: list[dict]) -> Callable[[dict], tuple]:
@@ -404,10 +436,30 @@ def order(rows: list[dict]) -> Callable[[dict], tuple]:
     return key
 
 
+def study_of(args: argparse.Namespace) -> Study:
+    """The study that the command line asks for."""
+    files = [args.weights, args.data, args.text, args.choices]
+    if not any(files):
+        return QUICK if args.quick else FULL
+    if args.quick or not all(files):
+        raise UserError(
+            "a real language model needs --weights, --data, --text and --choices, and no --quick"
+        )
+    subject = real(*files)
+    quantization = formats.quantization_of(args.weights)
+    if quantization:
+        print(f"{args.weights} is quantized; the float model here is what it dequantizes to")
+    return Study(subject=subject, **REAL)
+
+
 def main() -> None:
     """Runs the command line."""
     parser = Parser(prog="compare.py", description=__doc__)
     add = parser.add_argument
+    add("--weights", help="a real language model, any that train.py takes")
+    add("--data", help="with it: records to fine-tune on; the last 100 are the test")
+    add("--text", help="and a text whose perplexity is taken")
+    add("--choices", help="and lines of question, choices, answer, as for evals.py")
     add("--seeds", type=positive(int), help="how many seeds are reported (3; with --quick 1)")
     add("--quick", action="store_true", help="about 3 minutes on 2 cores")
     add("--workers", type=positive(int), default=2, help="processes at a time (2)")
@@ -415,15 +467,19 @@ def main() -> None:
     add("--plot", type=pathlib.Path, metavar="FILE", help="only print and draw a results' file")
     args = parser.parse_args()
     if args.plot:
-        if args.quick or args.seeds or args.out:
+        if args.quick or args.seeds or args.out or args.weights:
             parser.error(
-                "--plot draws a file that is there; --quick, --seeds and --out would make another"
+                "--plot draws a file that is there; --quick, --seeds, --out and --weights would "
+                "make another"
             )
         plot(args.plot)
         return
-    out = args.out or new_file(f"runs/compare{'-quick' if args.quick else ''}.json")
-    study, seeds = (QUICK, 1) if args.quick else (FULL, 3)
-    results = compare(study, list(range(1, 1 + (args.seeds or seeds))), args.workers)
+    study = study_of(args)
+    kind = "-real" if args.weights else "-quick" if args.quick else ""
+    out = args.out or new_file(f"runs/compare{kind}.json")
+    seeds = args.seeds or (1 if args.quick else 3)
+    kept = out.with_name(f"{out.name}.jobs")
+    results = compare(study, list(range(1, 1 + seeds)), args.workers, kept)
     with written_whole(out) as beside:
         beside.write_text(json.dumps(results, indent=1) + "\n")
     rows = results["rows"]

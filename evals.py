@@ -354,6 +354,24 @@ def exact_match(
     return right / len(records)
 
 
+@torch.inference_mode()
+def greedy_matches(model: Llama, examples: Sequence[Example], batch_size: int = 16) -> list[bool]:
+    """Whether each example's response, its end included, is the model's greedy answer.
+
+    It is where every token of it is the likeliest after those before: one pass, no generating.
+    """
+    device, matches = next(model.parameters()).device, []
+    for first in range(0, len(examples), batch_size):
+        tokens_BT, learned_BT = (
+            t.to(device) for t in collate(examples[first : first + batch_size])
+        )
+        likeliest_N = model(tokens_BT[:, :-1], keep_BT=learned_BT[:, 1:]).argmax(-1)
+        wrong_BT = learned_BT.clone()
+        wrong_BT[learned_BT] = likeliest_N != tokens_BT[learned_BT]
+        matches += (~wrong_BT.any(dim=1)).tolist()
+    return matches
+
+
 # ---- the command
 
 

@@ -8,13 +8,12 @@ use the same numbers in the same operations, so the merged model returns the sam
 Dimension key: O outputs, I inputs, G groups, R rank.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from baselines import LoRALinear
+from baselines import LoRALinear, factors
 from cli.errors import UserError
 from llama import LINEARS, linears
 from quant import QuantLinear, quant_matmul
@@ -26,42 +25,56 @@ class QALoRALinear(nn.Module):
     y = x @ (scale * codes + offset + s * B @ A)^T
       = x @ (scale * codes + offset)^T + s * pool(x) @ A^T @ B^T
     with pool(x)[p] the sum of x over group p, lora_A [R, G], lora_B [O, R], s = alpha / rank:
-    algorithm 1 and section 3.3 of the paper.
+    algorithm 1 and section 3.3 of the paper. scales: a second pair, scale_A and scale_B of the same
+    shapes, moves the scales too, to scale * (1 + s * B @ A); not in the paper, and merged as exactly.
     """
 
-    def __init__(self, base: QuantLinear, rank: int, alpha: float):
+    def __init__(self, base: QuantLinear, rank: int, alpha: float, scales: bool = False):
         super().__init__()
-        out_features, groups = base.offset.shape
-        self.base = base
-        self.rank = rank
-        self.alpha = alpha
-        self.scaling = alpha / rank
-        a = torch.empty(rank, groups, dtype=torch.float32)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: the same on any device
-        b = torch.zeros(out_features, rank, dtype=torch.float32)  # so B A = 0 at first
-        device = base.offset.device
-        self.lora_A, self.lora_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
+        self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
+        shape = (*base.offset.shape, rank, base.offset.device)
+        self.lora_A, self.lora_B = factors(*shape)
+        self.scale_A, self.scale_B = factors(*shape) if scales else (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        base = self.base
-        return quant_matmul(x, base.packed, base.scale, self.effective_offset(), base.bits)
+        scale, offset = self.effective_scale(), self.effective_offset()
+        return quant_matmul(x, self.base.packed, scale, offset, self.base.bits)
 
     def effective_offset(self) -> Tensor:
         """offset + s * B @ A, float32 [O, G]. Both the forward pass and the merge call this."""
-        a, b = self.lora_A.float(), self.lora_B.float()
-        with torch.autocast(a.device.type, enabled=False):
-            return torch.addmm(self.base.offset, b, a, alpha=self.scaling)
+        return self._changed(self.base.offset, self.lora_A, self.lora_B)
+
+    def effective_scale(self) -> Tensor:
+        """The base's; with `scales` scale * (1 + s * B @ A), rounded to what the merge can store."""
+        scale = self.base.scale
+        if self.scale_A is None:
+            return scale
+        exact = scale * self._changed(torch.ones_like(self.base.offset), self.scale_A, self.scale_B)
+        rounding = exact.detach().to(scale.dtype) - exact.detach()
+        return exact + rounding  # exactly the rounded one, with the gradient of the exact one
+
+    def _changed(self, start, a, b):  # start + s * B @ A, float32 [O, G]
+        with torch.autocast(start.device.type, enabled=False):
+            return torch.addmm(start, b.float(), a.float(), alpha=self.scaling)
 
     @torch.no_grad()
     def merged(self) -> QuantLinear:
-        """The base layer, changed in place: the effective offsets replace its own."""
-        self.base.offset = self.effective_offset()
-        return self.base
+        """The base layer, changed in place: the effective offsets (and scales) replace its own."""
+        base = self.base
+        base.offset, base.scale = (
+            self.effective_offset(),
+            self.effective_scale().to(base.scale.dtype),
+        )
+        return base
 
 
 def add_adapters(
-    model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = LINEARS
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = LINEARS,
+    scales: bool = False,
 ) -> nn.Module:
     """Freezes `model` and adapts its linear layers named in `targets`, in place; returns the model.
 
@@ -76,8 +89,9 @@ def add_adapters(
     found = [(path, layer) for path, layer in linears(model, targets) if isinstance(layer, kind)]
     if not found:
         raise UserError(f"--targets {','.join(targets)}: none of them is quantized in groups here")
+    options = (scales,) if in_groups else ()
     for path, layer in found:
-        model.set_submodule(path, adapted(layer, rank, alpha))
+        model.set_submodule(path, adapted(layer, rank, alpha, *options))
     return model
 
 
@@ -92,5 +106,5 @@ def check_targets(targets: Sequence[str]) -> None:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters: {"model.layers.0.self_attn.q_proj.lora_A": parameter, ...}."""
-    factors = ("lora_A", "lora_B")
+    factors = ("lora_A", "lora_B", "scale_A", "scale_B")
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in factors}

@@ -1,29 +1,34 @@
 """The results of compare.py as text and as a figure: means over the seeds, and differences."""
 
 import pathlib
+import re
 import statistics
 from typing import Any
 
 from cli.errors import UserError, require_matplotlib
 from cli.files import read_json, written_whole
 
-MEASURED = (
-    "exact_match",
-    "multiple_choice",
-    "perplexity",
-    "trainable",
-    "bits_per_weight",
-    "seconds",
-)
-METHODS = ("LoRA", "QLoRA", "QLoRA w/ GPTQ", "QA-LoRA")  # a line each in the figure
+METRICS = {  # of a model: heading, factor, digits after the point
+    "loss": ("loss", 1, 3),  # only of a real language model
+    "exact_match": ("exact match", 100, 1),
+    "multiple_choice": ("mult. choice", 100, 1),
+    "perplexity": ("perplexity", 1, 3),
+}
+MEASURED = ("trainable", "bits_per_weight", "seconds")
+METHODS = ("LoRA", "QLoRA", "QLoRA w/ GPTQ", "QA-LoRA", "QA-LoRA with scales")  # lines in a figure
+
+
+def metrics_of(rows: list[dict]) -> list[str]:
+    """Those that all rows have."""
+    return [metric for metric in METRICS if all(metric in row for row in rows)]
 
 
 def summary(rows: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
     """{row: {metric: (mean, standard deviation over the seeds)}} in the order of the rows."""
-    found = {}
+    found, measured = {}, (*metrics_of(rows), *MEASURED)
     for name in dict.fromkeys(row["row"] for row in rows):
         same = [row for row in rows if row["row"] == name]
-        found[name] = {m: mean_and_spread([row[m] for row in same]) for m in MEASURED}
+        found[name] = {m: mean_and_spread([row[m] for row in same]) for m in measured}
     return found
 
 
@@ -34,50 +39,60 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
 
 
 def table(rows: list[dict]) -> str:
-    """The summary as text."""
-    header = "exact match  multiple choice      perplexity  trainable  bits/weight  seconds"
-    lines = [f"{'':44}   {header}"]
+    """The summary as text; exact match and multiple choice in percent."""
+    metrics = metrics_of(rows)
+    headings = "".join(f"{METRICS[metric][0]:>17}" for metric in metrics)
+    lines = [f"{'':48}{headings}  trainable  bits/weight  seconds"]
     for name, measured in summary(rows).items():
-        exact, choice = percent(*measured["exact_match"]), percent(*measured["multiple_choice"])
-        perplexity, spread = measured["perplexity"]
-        trainable, bits, seconds = (
-            measured[m][0] for m in ("trainable", "bits_per_weight", "seconds")
-        )
-        lines.append(
-            f"{name:44}{exact:>14}{choice:>17}{perplexity:9.3f} ± {spread:.3f}"
-            f"{trainable:11.0f}{bits:13.2f}{seconds:9.0f}"
-        )
+        scores = "".join(f"{in_words(metric, *measured[metric]):>17}" for metric in metrics)
+        trainable, bits, seconds = (measured[m][0] for m in MEASURED)
+        lines.append(f"{name:48}{scores}{trainable:11.0f}{bits:13.2f}{seconds:9.0f}")
     return "\n".join(lines)
 
 
-def percent(mean: float, spread: float) -> str:
-    """Such as `97.5 ±  0.4`."""
-    return f"{100 * mean:.1f} ± {100 * spread:4.1f}"
+def in_words(metric: str, mean: float, spread: float, sign: str = "") -> str:
+    """Such as `97.5 ± 0.4`."""
+    _, factor, digits = METRICS[metric]
+    return f"{factor * mean:{sign}.{digits}f} ± {factor * spread:.{digits}f}"
 
 
 def differences(rows: list[dict]) -> str:
-    """Lines on what a change is worth: exact match in points, seed by seed; mean and deviation.
+    """Lines on what a change is worth by each metric, seed by seed; mean and deviation.
 
     Only models over the same base are compared, as bases differ more than methods do.
     """
-    exact = {(row["row"], row["seed"]): row["exact_match"] for row in rows}
-    names = list(dict.fromkeys(row["row"] for row in rows))
+    by_name = {(row["row"], row["seed"]): row for row in rows}
+    names, metrics = list(dict.fromkeys(row["row"] for row in rows)), metrics_of(rows)
     lines = []
     for name in names:
-        for against in (name.partition(",")[0], name.replace("QA-LoRA", "QLoRA w/ GPTQ")):
-            if against == name or against not in names or name.startswith("GPTQ"):
+        for against in opponents(name):
+            if against not in names:
                 continue
-            seeds = [seed for row, seed in exact if row == name]
-            gain = [100 * (exact[name, seed] - exact[against, seed]) for seed in seeds]
-            mean, spread = mean_and_spread(gain)
-            lines.append(f"{name} against {against}: {mean:+.1f} ± {spread:.1f}")
+            seeds = [seed for row, seed in by_name if row == name]
+            gains = []
+            for metric in metrics:
+                gain = [by_name[name, s][metric] - by_name[against, s][metric] for s in seeds]
+                worth = in_words(metric, *mean_and_spread(gain), sign="+")
+                gains.append(f"{METRICS[metric][0]} {worth}")
+            lines.append(f"{name} against {against}: {', '.join(gains)}")
     return "\n".join(lines)
+
+
+def opponents(name: str) -> list[str]:
+    """The rows that a row is compared with: the same unablated, and other methods' like it."""
+    if name.startswith(("GPTQ", "RTN")):
+        return []
+    method, at_bits = re.fullmatch(r"(.*?)( [234] bits.*|,.*|)", name).groups()
+    others = {"QA-LoRA": ["QLoRA w/ GPTQ"], "QA-LoRA with scales": ["QA-LoRA", "QLoRA w/ GPTQ"]}
+    found = [other + at_bits for other in others.get(method, [])]
+    plain = name.partition(",")[0]
+    return found if plain == name else [plain, *found]
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
     """The rows in a results' file; UserError if it holds anything else."""
     rows = read_json(path).get("rows")
-    needed = {"row", "seed", *MEASURED}
+    needed = {"row", "seed", "exact_match", *MEASURED}
     is_ours = isinstance(rows, list) and len(rows) > 0
     is_ours = is_ours and all(isinstance(row, dict) and needed <= row.keys() for row in rows)
     if not is_ours:
@@ -86,41 +101,45 @@ def read_rows(path: pathlib.Path) -> list[dict]:
 
 
 def plot(path: pathlib.Path) -> None:
-    """Prints a results' file; draws exact match against bits per weight beside it, as a .png.
+    """Prints a results' file; draws each metric against bits per weight beside it, as a .png.
 
-    Exact match is in points above LoRA on the same base. Ablations are left out.
+    As differences from LoRA on the same base. Ablations are left out.
     """
     rows = read_rows(path)
     print(table(rows) + "\n\n" + differences(rows))
     require_matplotlib()
     from matplotlib.figure import Figure  # optional
 
-    figure = Figure(figsize=(7, 4.2))
-    draw(figure.subplots(), rows)
+    metrics = metrics_of(rows)
+    figure = Figure(figsize=(4.6 * len(metrics), 4.2))
+    for axes, metric in zip(
+        figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
+    ):
+        draw(axes, rows, metric)
     with written_whole(path.with_suffix(".png")) as beside:
         figure.savefig(beside, format="png", dpi=150, bbox_inches="tight")
 
 
-def draw(axes: Any, rows: list[dict]) -> None:
+def draw(axes: Any, rows: list[dict], metric: str) -> None:
     """Draws one line a method; `axes` are matplotlib's."""
-    lora = {row["seed"]: row["exact_match"] for row in rows if row["row"] == "LoRA"}
-    drawn = []
+    heading, factor, _ = METRICS[metric]
+    lora = {row["seed"]: row[metric] for row in rows if row["row"] == "LoRA"}
+    points = {method: {} for method in METHODS}
     for row in rows:
-        if "," not in row["row"]:
-            above = 100 * (row["exact_match"] - lora[row["seed"]])
-            drawn.append(row | {"exact_match": above})
-    points = {method: [] for method in METHODS}
-    for name, measured in summary(drawn).items():
-        method = name.removesuffix(" bits").rstrip("234").rstrip()
+        method = re.sub(r" [234] bits$", "", row["row"])
         if method in points:
-            points[method].append((measured["bits_per_weight"][0], *measured["exact_match"]))
+            found = points[method].setdefault(row["bits_per_weight"], [])
+            found.append(factor * (row[metric] - lora[row["seed"]]))
     for method, found in points.items():
-        bits, mean, spread = zip(*sorted(found), strict=True)
-        axes.errorbar(bits, mean, spread, marker="o", capsize=3, label=method)
+        bits = sorted(found)
+        if bits:
+            mean, spread = zip(*(mean_and_spread(found[b]) for b in bits), strict=True)
+            axes.errorbar(bits, mean, spread, marker="o", capsize=3, label=method)
+    unit = ", points" if factor == 100 else ""
     axes.set(xscale="log", xlabel="bits per weight of the deployed model")
-    axes.set(ylabel="exact match, points above LoRA")
+    axes.set(ylabel=f"{heading}{unit}, less LoRA's")
     lowest = axes.get_xlim()[0]
-    ticks = [t for t in (3, 4, 5, 6, 7, 8, 9, 10, 16, 32) if t > lowest]
+    ticks = [t for t in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 32) if t > lowest]
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
     axes.legend()

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import math
+import pathlib
 import random
 import statistics
 import sys
@@ -15,49 +17,59 @@ from hypothesis import strategies as st
 
 import compare
 import quant
-from cli import comparison
+from cli import comparison, jobs, subjects
 from cli.errors import UserError, run_command
-from llama import Llama, LlamaConfig, load_pretrained
-from text.tokenizer import load_tokenizer
+from llama import Llama, LlamaConfig
 from text.toy import make_world
 
 SMALL = dataclasses.replace(
     compare.FULL,
-    model=compare.FULL.model | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1),
-    people=24,
-    pretraining=compare.FULL.pretraining | dict(steps=3),
+    subject=dataclasses.replace(
+        compare.FULL.subject,
+        model=compare.FULL.subject.model
+        | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1),
+        people=24,
+        pretraining=compare.FULL.subject.pretraining | dict(steps=3),
+    ),
     steps=1,
     batch_size=4,
     group_size=8,
-    group_sizes=(8, 16),
     bits=(3, 2),
     rates=(1e-3, 1e-2),
+    ablations=(
+        dict(bits=2, group_size=16),
+        dict(bits=2, search=False),
+        dict(bits=2, targets=compare.ATTENTION),
+        dict(bits=2, share=1 / 8),
+        dict(bits=2, ranks=2),
+    ),
 )
 
 
 def test_ctrl_c_does_not_wait_for_the_jobs_that_are_queued():
-    jobs = []
-    with pytest.raises(KeyboardInterrupt), compare.pool_of(1) as pool:
-        jobs += [pool.submit(time.sleep, 20) for _ in range(4)]
+    queued = []
+    with pytest.raises(KeyboardInterrupt), jobs.pool_of(1) as pool:
+        queued += [pool.submit(time.sleep, 20) for _ in range(4)]
         raise KeyboardInterrupt
-    assert not any(job.done() and not job.cancelled() and job.exception() is None for job in jobs)
+    assert not any(job.done() and not job.cancelled() and job.exception() is None for job in queued)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """(results of a comparison too short to learn anything, the calls of `judge` it made)."""
+    """(results of a comparison too short to learn anything, the calls of `judge_toy` it made)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("compare"))
-        judged, judge = [], compare.judge
+        judged, judge = [], subjects.judge_toy
 
-        def listening(model, tokenizer, world, choosing):
+        def listening(tokenizer, world, choosing, model):
             judged.append((world, choosing))
-            return judge(model, tokenizer, world, choosing)
+            return judge(tokenizer, world, choosing, model)
 
-        patch.setattr(compare, "judge", listening)
-        patch.setattr(compare, "concurrent", Here)
-        patch.setattr(compare, "prepare_worker", lambda: None)
-        return compare.compare(SMALL, [1], workers=1), judged
+        patch.setattr(subjects, "judge_toy", listening)
+        patch.setattr(compare, "FACTOR", 4)
+        patch.setattr(jobs, "concurrent", Here)
+        patch.setattr(jobs, "prepare_worker", lambda: None)
+        return compare.compare(SMALL, [1], 1, pathlib.Path("small.jobs")), judged
 
 
 class Here:
@@ -99,7 +111,7 @@ def people_of(records):
 @given(st.integers(0, 2**32), st.integers(24, 100))
 def test_the_people_of_fine_tuning_of_validation_and_of_the_test_are_three_groups(seed, people):
     world = make_world(seed, people)
-    tuning, validation = compare.split(world)
+    tuning, validation = subjects.split(world)
     groups = [people_of(part) for part in (tuning, validation, world.test)]
     assert all(groups) and len(set.union(*groups)) == sum(map(len, groups)) == people
     assert tuning + validation == world.train
@@ -120,39 +132,118 @@ def test_judging_for_a_choice_reads_neither_test_choices_nor_held_out_text(
     small, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    folder = compare.base_folder(SMALL, 0)
-    world = make_world(0, SMALL.people)._replace(test=None, choices=None, heldout=None)
-    model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
-    assert compare.judge(model, tokenizer, world, True).keys() == {"exact_match", "loss"}
+    toy = SMALL.subject
+    toy.prepare(0)
+    monkeypatch.setattr(subjects, "make_world", lambda *a: world)
+    world = make_world(0, toy.people)._replace(test=None, choices=None, heldout=None)
+    model, _, _, judge = toy.material(0, choosing=True)
+    assert judge(model).keys() == {"exact_match", "loss", "merit"}
 
 
-def test_the_chosen_rate_has_most_exact_matches_and_then_the_least_loss():
+def test_the_chosen_rate_has_most_merit():
     measured = [
-        ("a", 1, 0.5, 1.0),
-        ("a", 2, 0.6, 9.0),
-        ("a", 3, 0.6, 8.0),
-        ("b", 1, 0.1, 0.1),
-        ("b", 2, 0.0, 0.0),
+        ("a", 1, [0.5, -1.0]),
+        ("a", 2, [0.6, -9.0]),
+        ("a", 3, [0.6, -8.0]),
+        ("b", 1, [0.1, -0.1]),
+        ("b", 2, [0.0, 0.0]),
     ]
-    names = ("row", "lr", "exact_match", "loss")
-    rows = [dict(zip(names, values, strict=True)) for values in measured]
+    rows = [dict(zip(("row", "lr", "merit"), values, strict=True)) for values in measured]
     for _ in range(5):
         assert compare.choose(random.sample(rows, len(rows))) == {"a": 3, "b": 1}
+
+
+@given(st.integers(-6, 6), st.integers(-6, 6))
+def test_rates_are_doubled_and_halved_until_the_best_has_a_worse_one_on_either_side(one, other):
+    """Two rows of one job, each with a best rate of its own, a power of two."""
+    best, tried, rows = {"a": 2.0**one, "b": 2.0**other}, [], []
+
+    def run_all(todo):
+        found = []
+        for job, deployed in todo:
+            assert deployed is None
+            tried.append(job.lr)
+            made = []
+            for name, rate in best.items():
+                merit = [-abs(math.log2(job.lr / rate))]
+                made.append({"row": name, "lr": job.lr, "merit": merit})
+            found.append(made)
+        return found
+
+    study = dataclasses.replace(SMALL, rates=(1.0, 2.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "main_jobs", lambda study, seed: [compare.Job(seed, "LoRA")])
+        patch.setattr(compare, "FACTOR", 2**9)
+        rates, rows = compare.choose_rates(study, run_all)
+    assert rates == best and len(rows) == 2 * len(tried)
+    assert len(set(tried)) == len(tried), "a rate was tried twice"
+    for rate in best.values():
+        assert min(tried) < rate < max(tried)
+
+
+def test_rates_are_not_tried_for_ever():
+    def run_all(todo):
+        return [[{"row": "a", "lr": job.lr, "merit": [job.lr]}] for job, _ in todo]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "main_jobs", lambda study, seed: [compare.Job(seed, "LoRA")])
+        rates, rows = compare.choose_rates(SMALL, run_all)
+    assert rates["a"] < compare.FACTOR * max(SMALL.rates) and len(rows) < 10
+
+
+def test_a_finished_job_is_not_done_again_and_one_cut_off_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "concurrent", Here)
+    monkeypatch.setattr(jobs, "prepare_worker", lambda: None)
+    kept, ran, told = tmp_path / "kept", [], []
+
+    def run(number):
+        ran.append(number)
+        return [number, 2 * number]
+
+    def go(*numbers):
+        ran.clear()
+        named = {f"job {n}": (n,) for n in numbers}
+        with jobs.pool_of(1) as pool:
+            return jobs.run_and_keep(pool, kept, run, named, lambda *a: told.append(a))
+
+    assert go(1, 2) == {"job 1": [1, 2], "job 2": [2, 4]} and ran == [1, 2]
+    assert len(told) == 2 and told[1][1] == [2, 4]
+    assert go(2, 3, 1) == {"job 2": [2, 4], "job 3": [3, 6], "job 1": [1, 2]} and ran == [3]
+    whole = kept.read_text()
+    for cut in (1, 5, len("job 3") + 2):
+        kept.write_text(whole[:-cut])
+        assert go(1, 2, 3)["job 3"] == [3, 6] and ran == [3]
+        assert go(1, 2, 3)["job 3"] == [3, 6] and ran == [], "the cut line spoiled the next"
+
+
+def test_a_job_of_other_settings_is_another_job(small, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        compare, "run_and_keep", lambda *a: seen.append(list(a[3])) or dict.fromkeys(a[3], [])
+    )
+    job = compare.Job(1, "QA-LoRA", 1e-3, 2, 8)
+    studies = [SMALL, dataclasses.replace(SMALL, steps=2), dataclasses.replace(SMALL, rank=3)]
+    for study in studies:
+        for rows in (None, ("a",)):
+            compare.run_jobs(None, study, None, [(job, rows), (job._replace(seed=2), rows)])
+    names = sum(seen, [])
+    assert len(set(names)) == len(names) == 12
 
 
 def test_every_method_bit_width_and_ablation_has_one_row_a_seed(small):
     results, _ = small
     table = ["base", "LoRA", "QLoRA"]
-    for method in ("RTN", "GPTQ", "QLoRA w/ GPTQ", "QA-LoRA"):
+    ours, in_groups = ("QA-LoRA", "QA-LoRA with scales"), ("GPTQ", "QLoRA w/ GPTQ")
+    for method in ("RTN", *in_groups, *ours):
         table += [f"{method} {bits} bits" for bits in (3, 2)]
-    ablations = [f"{method} 2 bits, groups of 16" for method in ("QLoRA w/ GPTQ", "QA-LoRA")]
-    for method in ("GPTQ", "QLoRA w/ GPTQ", "QA-LoRA"):
-        ablations += [f"{method} {bits} bits, min-max ranges" for bits in (3, 2)]
-    for method in ("QLoRA", "QLoRA w/ GPTQ 2 bits", "QA-LoRA 2 bits"):
-        ablations += [f"{method}, {what}" for what in ("attention only", "1/8 of the examples")]
+    ablations = [f"{method} 2 bits, groups of 16" for method in ("RTN", *in_groups, *ours)]
+    ablations += [f"{method} 2 bits, min-max ranges" for method in (*in_groups, *ours)]
+    for method in ("QLoRA", *[f"{name} 2 bits" for name in ("QLoRA w/ GPTQ", *ours)]):
+        changes = ("attention only", "1/8 of the examples", "twice the rank")
+        ablations += [f"{method}, {change}" for change in changes]
     assert sorted(row["row"] for row in results["rows"]) == sorted(table + ablations)
     for row in results["rows"]:
-        assert all(row[metric] is not None for metric in comparison.MEASURED)
+        assert {"exact_match", "multiple_choice", "perplexity", *comparison.MEASURED} <= row.keys()
     assert json.loads(json.dumps(results))["rows"][0]["row"] == "base"
 
 
@@ -171,10 +262,12 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
         "QLoRA w/ GPTQ 2 bits": 0.4,
         "QA-LoRA 3 bits": 0.5,
         "QA-LoRA 2 bits": 0.6,
+        "QA-LoRA with scales 3 bits": 0.7,
+        "QA-LoRA with scales 2 bits": 0.8,
     }
 
     def used(job):
-        return [rated.lr for rated in compare.rated(SMALL, job, rates)]
+        return [rated.lr for rated, _ in compare.rated(SMALL, job, rates)]
 
     plain = {(job.method, job.bits): used(job) for job in compare.main_jobs(SMALL, 1)}
     assert plain == {
@@ -182,9 +275,11 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
         ("QLoRA", 0): [0.2, 0.3, 0.4],
         ("QA-LoRA", 3): [0.5],
         ("QA-LoRA", 2): [0.6],
+        ("QA-LoRA with scales", 3): [0.7],
+        ("QA-LoRA with scales", 2): [0.8],
     }
     for job in compare.ablation_jobs(SMALL, 1):
-        # those of QLoRA are deployed as they are and at the fewest bits
+        # those of QLoRA are deployed as they are and at the bits of the ablation
         assert used(job) == ([0.2, 0.4] if job.method == "QLoRA" else plain[job.method, job.bits])
 
 
@@ -200,6 +295,9 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
         ("--plot folder/notes.txt", "not valid JSON"),
         ("--plot folder/bench.json", "holds no results"),
         ("--plot results.json --quick", "would make another"),
+        ("--plot results.json --weights x", "would make another"),
+        ("--weights folder", "needs --weights, --data, --text and --choices"),
+        ("--quick --choices results.json", "needs --weights, --data, --text and --choices"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_trained(
@@ -241,12 +339,17 @@ def test_trainable_parameters_are_counted_from_the_shapes(small):
         if row["row"].startswith(("LoRA", "QLoRA")):
             group = 1
         expected = sum(SMALL.rank * (outputs + inputs // group) for outputs, inputs in layers)
-        assert row["trainable"] == (0 if row["method"] == "base" else expected), row
+        factor = {"base": 0, "QA-LoRA with scales": 2}.get(row["method"], 1)
+        if "twice the rank" in row["row"]:
+            factor *= 2
+        assert row["trainable"] == factor * expected, row
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=6))
 def test_mean_and_spread_are_those_of_the_statistics_module(values):
-    rows = [{"row": "a", **dict.fromkeys(comparison.MEASURED, value)} for value in values]
+    measured = ("exact_match", "perplexity", *comparison.MEASURED)
+    rows = [{"row": "a", **dict.fromkeys(measured, value)} for value in values]
+    assert comparison.summary(rows)["a"].keys() == set(measured)
     for mean, spread in comparison.summary(rows)["a"].values():
         assert mean == pytest.approx(statistics.mean(values))
         assert spread == pytest.approx(statistics.stdev(values))
@@ -254,23 +357,26 @@ def test_mean_and_spread_are_those_of_the_statistics_module(values):
 
 def test_differences_are_taken_seed_by_seed():
     match = {
-        "QA-LoRA 2 bits": (0.5, 0.9),
         "QLoRA w/ GPTQ 2 bits": (0.4, 0.7),
+        "QA-LoRA 2 bits": (0.5, 0.9),
+        "QA-LoRA with scales 2 bits": (0.5, 1.0),
         "QA-LoRA 2 bits, attention only": (0.5, 0.5),
     }
     rows = []
     for name, values in match.items():
         rows += [dict(row=name, seed=seed, exact_match=v) for seed, v in enumerate(values)]
     assert comparison.differences(rows).splitlines() == [
-        "QA-LoRA 2 bits against QLoRA w/ GPTQ 2 bits: +15.0 ± 7.1",
-        "QA-LoRA 2 bits, attention only against QA-LoRA 2 bits: -20.0 ± 28.3",
+        "QA-LoRA 2 bits against QLoRA w/ GPTQ 2 bits: exact match +15.0 ± 7.1",
+        "QA-LoRA with scales 2 bits against QA-LoRA 2 bits: exact match +5.0 ± 7.1",
+        "QA-LoRA with scales 2 bits against QLoRA w/ GPTQ 2 bits: exact match +20.0 ± 14.1",
+        "QA-LoRA 2 bits, attention only against QA-LoRA 2 bits: exact match -20.0 ± 28.3",
     ]
 
 
 def test_without_search_gptq_keeps_the_range_of_each_group(small, monkeypatch):
     seen, gptq = [], quant.quantize_gptq
     monkeypatch.setattr(quant, "quantize_gptq", lambda *a: seen.append(a[4]) or gptq(*a))
-    model = Llama(LlamaConfig(**SMALL.model))
+    model = Llama(LlamaConfig(**SMALL.subject.model))
     tokens = torch.randint(512, (2, 32))
     for search in (True, False):
         quant.quantize_model(copy.deepcopy(model), 2, 8, tokens, search=search)

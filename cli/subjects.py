@@ -1,0 +1,226 @@
+"""What compare.py compares the methods on: worlds of invented people, or a real language model.
+
+A subject is a class whose values hold its settings and fit into JSON. It has
+
+    prepare(seed)               does what all jobs of a seed share; a second call finds it done
+    material(seed, choosing)    what one job works with
+    folder(seed)                where what is made of a seed's base is kept
+    describe()                  what tells one subject from another
+
+`choosing` means that a learning rate is chosen: what is tuned on and judged by is then apart from
+the test.
+"""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import evals
+import formats
+from baselines import NF4Linear
+from cli.errors import UserError
+from cli.machine import compute_dtype
+from cli.toy import pretrain, toy_calibration
+from llama import Llama, LlamaConfig, load_pretrained
+from quant import QuantLinear
+from text.batches import Example, calibration_windows, encode, token_stream
+from text.instructions import Record, read_records
+from text.questions import check_choices, read_json_lines
+from text.records import read_text
+from text.tokenizer import Tokenizer, load_tokenizer
+from text.toy import ATTRIBUTES, World, make_world
+
+BASES = pathlib.Path("runs/compare-bases")
+MAX_LENGTH = 512  # tokens of an example
+CALIBRATION_TOKENS = 2**14
+
+
+class Material(NamedTuple):
+    """What one job works with."""
+
+    model: Llama  # in float
+    examples: list[Example]  # to fine-tune on
+    calibration: Tensor  # [N, T] tokens for GPTQ
+    judge: Callable[[Llama], dict]  # metrics of a deployed model; "merit", a list, when choosing
+
+
+# ---- worlds of invented people
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A world, a tokenizer and a pretrained base for every seed."""
+
+    model: dict  # of the bases: fields of LlamaConfig
+    people: int  # in a world
+    pretraining: dict  # steps, lr, batch_size, length, warmup: see cli.toy.pretrain
+
+    def describe(self) -> dict:
+        """What tells one from another."""
+        return dataclasses.asdict(self)
+
+    def folder(self, seed: int) -> pathlib.Path:
+        """Where the base of a seed is kept."""
+        sizes = (*self.model.values(), self.people, *self.pretraining.values(), seed)
+        return BASES / "-".join(str(size) for size in sizes)
+
+    def prepare(self, seed: int) -> None:
+        """Pretrains the base of a seed."""
+        folder = self.folder(seed)
+        if not (folder / "config.json").exists():
+            world = make_world(seed, self.people)
+            pretrain(world, folder, LlamaConfig(**self.model), seed=seed, **self.pretraining)
+
+    def material(self, seed: int, choosing: bool) -> Material:
+        """The same examples whether choosing or not: the last quarter of the people chooses."""
+        folder, world = self.folder(seed), make_world(seed, self.people)
+        tokenizer, model = load_tokenizer(folder), load_pretrained(folder)
+        records = split(world)[0]
+        shown = toy_calibration(world._replace(train=records))
+        context = model.config.max_position_embeddings
+        return Material(
+            model,
+            encode(records, tokenizer, MAX_LENGTH)[0],
+            calibration_windows(shown, tokenizer, context, CALIBRATION_TOKENS),
+            functools.partial(judge_toy, tokenizer, world, choosing),
+        )
+
+
+def split(world: World) -> tuple[list[Record], list[Record]]:
+    """(records to fine-tune on, records to choose by): the last quarter of the people is apart."""
+    people = len(world.train) // len(ATTRIBUTES)
+    border = (people - people // 4) * len(ATTRIBUTES)
+    return world.train[:border], world.train[border:]
+
+
+def judge_toy(tokenizer: Tokenizer, world: World, choosing: bool, model: Llama) -> dict:
+    """The metrics of a deployed model: on the validation people when choosing, else on the test."""
+    if choosing:
+        records = split(world)[1]
+        exact = evals.exact_match(model, tokenizer, records, 8)
+        loss = evals.response_loss(model, encode(records, tokenizer, MAX_LENGTH)[0], 64)
+        return {"exact_match": exact, "loss": loss, "merit": [exact, -loss]}
+    stream = token_stream(world.heldout, tokenizer)
+    choices = evals.multiple_choice(model, tokenizer, world.choices, 256)
+    return {
+        "exact_match": evals.exact_match(model, tokenizer, world.test, 8),
+        "multiple_choice": choices["accuracy"],
+        "perplexity": evals.perplexity(model, stream, 64, None, 64),
+    }
+
+
+# ---- a real language model
+
+HELD_OUT = 100  # records of the test, and as many to choose by
+PERPLEXITY_TOKENS = 2**15
+WINDOW = 2048
+# Questions that begin so have many right answers
+OPEN = ("Create", "Define", "Describe", "Generate", "Give", "Name", "Provide", "Rewrite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Real:
+    """A language model, instructions to fine-tune it on, and a text and questions beside them.
+
+    The last 100 records are the test; when choosing, the 100 before them stand in for it.
+    """
+
+    files: dict[str, str]  # weights, data, text, choices: where they are
+    digests: dict[str, str]  # and the SHA-256 of each
+    arithmetic: str  # bfloat16 where the processor has it, else float32
+
+    def folder(self, seed: int) -> pathlib.Path:
+        """Where what is made of the model is kept; the same for every seed."""
+        return BASES / "-".join(self.digests[name][:12] for name in ("weights", "data"))
+
+    def prepare(self, seed: int) -> None:
+        """Nothing: the model is there."""
+
+    def material(self, seed: int, choosing: bool) -> Material:
+        """While choosing, 100 examples fewer; GPTQ is calibrated on those of both."""
+        tuning, validation, test = cut(read_records(self.files["data"]).records)
+        tokenizer, model = formats.load_tokenizer(self.files["weights"]), self.float_model()
+        context = model.config.max_position_embeddings
+        calibration = calibration_windows(tuning, tokenizer, context, CALIBRATION_TOKENS)
+        judge = functools.partial(self.judge, tokenizer, test)
+        if choosing:
+            judge = functools.partial(judge_choice, tokenizer, validation)
+        else:
+            tuning = tuning + validation
+        return Material(model, encode(tuning, tokenizer, MAX_LENGTH)[0], calibration, judge)
+
+    def float_model(self) -> Llama:
+        """The model with weights of 16 bits, in the dtype of `arithmetic`."""
+        model = in_float(formats.load_model(self.files["weights"]).float()).bfloat16()
+        return model.to(getattr(torch, self.arithmetic))
+
+    def judge(self, tokenizer: Tokenizer, records: list[Record], model: Llama) -> dict:
+        """The metrics of a deployed model."""
+        model = in_float(copy.deepcopy(model))
+        examples = encode(records, tokenizer, MAX_LENGTH)[0]
+        closed = [record for record in records if not record[-2].text.startswith(OPEN)]
+        matches = evals.greedy_matches(model, encode(closed, tokenizer, MAX_LENGTH)[0])
+        tokens = tokenizer.encode_prompt(read_text(self.files["text"]))[: PERPLEXITY_TOKENS + 1]
+        window = min(WINDOW, model.config.max_position_embeddings)
+        choices = read_json_lines(self.files["choices"], check_choices)
+        chosen = evals.multiple_choice(model, tokenizer, choices, 64)
+        return {
+            "loss": evals.response_loss(model, examples),
+            "exact_match": sum(matches) / len(matches),
+            "perplexity": evals.perplexity(model, tokens, window),
+            "multiple_choice": chosen["normalized"],
+        }
+
+    def describe(self) -> dict:
+        """What tells one from another, wherever its files are."""
+        names = {what: pathlib.Path(path).name for what, path in self.files.items()}
+        return {"files": names, "digests": self.digests, "arithmetic": self.arithmetic}
+
+
+def real(weights: str, data: str, text: str, choices: str) -> Real:
+    """The subject in these files; UserError where one cannot serve."""
+    records = read_records(data).records
+    if len(records) < 3 * HELD_OUT:
+        raise UserError(f"{data} has {len(records)} records; give {3 * HELD_OUT} or more")
+    if not read_text(text).strip():
+        raise UserError(f"{text} is empty; give a file with text in it")
+    read_json_lines(choices, check_choices)
+    formats.check(weights)
+    vocabulary = formats.read_config(weights).vocab_size
+    formats.load_tokenizer(weights).check_fits(vocabulary, weights)
+    files = {"weights": weights, "data": data, "text": text, "choices": choices}
+    digests = {"weights": formats.fingerprint(weights)}
+    for what in ("data", "text", "choices"):
+        digests[what] = hashlib.sha256(pathlib.Path(files[what]).read_bytes()).hexdigest()
+    dtype = compute_dtype(torch.bfloat16, "cpu")
+    return Real(files, digests, str(dtype).removeprefix("torch."))
+
+
+def cut(records: list[Record]) -> tuple[list[Record], list[Record], list[Record]]:
+    """(records to fine-tune on, to choose by, of the test)."""
+    return records[: -2 * HELD_OUT], records[-2 * HELD_OUT : -HELD_OUT], records[-HELD_OUT:]
+
+
+def judge_choice(tokenizer: Tokenizer, records: list[Record], model: Llama) -> dict:
+    """The loss on the records to choose by."""
+    examples = encode(records, tokenizer, MAX_LENGTH)[0]
+    loss = evals.response_loss(in_float(copy.deepcopy(model)), examples)
+    return {"loss": loss, "merit": [-loss]}
+
+
+def in_float(model: Llama) -> Llama:
+    """Replaces packed linear layers by dense ones that compute the same, in place."""
+    packed, dtype = (QuantLinear, NF4Linear), model.model.embed_tokens.weight.dtype
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, packed)]:
+        with torch.device("meta"):
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        dense.weight = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
+        model.set_submodule(name, dense)
+    return model
