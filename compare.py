@@ -475,8 +475,8 @@ def main() -> None:
         plot(args.plot)
         return
     study = study_of(args)
-    kind = "-real" if args.weights else "-quick" if args.quick else ""
-    out = args.out or new_file(f"runs/compare{kind}.json")
+    quick = "-quick" if args.quick else ""
+    out = args.out or new_file(f"runs/compare{'-real' if args.weights else quick}.json")
     seeds = args.seeds or (1 if args.quick else 3)
     kept = out.with_name(f"{out.name}.jobs")
     results = compare(study, list(range(1, 1 + seeds)), args.workers, kept)

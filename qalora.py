@@ -25,8 +25,8 @@ class QALoRALinear(nn.Module):
     y = x @ (scale * codes + offset + s * B @ A)^T
       = x @ (scale * codes + offset)^T + s * pool(x) @ A^T @ B^T
     with pool(x)[p] the sum of x over group p, lora_A [R, G], lora_B [O, R], s = alpha / rank:
-    algorithm 1 and section 3.3 of the paper. scales: a second pair, scale_A and scale_B of the same
-    shapes, moves the scales too, to scale * (1 + s * B @ A); not in the paper, and merged as exactly.
+    algorithm 1 and section 3.3 of the paper. scales, which the paper has not: scale_A and scale_B,
+    of the same shapes, make scale * (1 + s * B @ A) of the scales, and merge as exactly.
     """
 
     def __init__(self, base: QuantLinear, rank: int, alpha: float, scales: bool = False):
@@ -46,13 +46,13 @@ class QALoRALinear(nn.Module):
         return self._changed(self.base.offset, self.lora_A, self.lora_B)
 
     def effective_scale(self) -> Tensor:
-        """The base's; with `scales` scale * (1 + s * B @ A), rounded to what the merge can store."""
+        """The base's, or scale * (1 + s * B @ A), rounded to what the base stores; [O, G]."""
         scale = self.base.scale
         if self.scale_A is None:
             return scale
         exact = scale * self._changed(torch.ones_like(self.base.offset), self.scale_A, self.scale_B)
-        rounding = exact.detach().to(scale.dtype) - exact.detach()
-        return exact + rounding  # exactly the rounded one, with the gradient of the exact one
+        # In all the rounded one, but with the gradient of the exact one
+        return exact + (exact.to(scale.dtype) - exact).detach()
 
     def _changed(self, start, a, b):  # start + s * B @ A, float32 [O, G]
         with torch.autocast(start.device.type, enabled=False):
@@ -60,12 +60,10 @@ class QALoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> QuantLinear:
-        """The base layer, changed in place: the effective offsets (and scales) replace its own."""
+        """The base layer, changed in place: effective offsets and scales replace its own."""
         base = self.base
-        base.offset, base.scale = (
-            self.effective_offset(),
-            self.effective_scale().to(base.scale.dtype),
-        )
+        base.offset = self.effective_offset()
+        base.scale = self.effective_scale().to(base.scale.dtype)
         return base
 
 
@@ -79,8 +77,8 @@ def add_adapters(
     """Freezes `model` and adapts its linear layers named in `targets`, in place; returns the model.
 
     A QuantLinear becomes a QALoRALinear, and where a model has some, its other layers stay frozen.
-    Where it has none, a float or NF4 linear becomes a LoRALinear, the baseline. Raises UserError as
-    `check_targets` does, and where no layer can be adapted.
+    Where it has none, a float or NF4 linear becomes a LoRALinear, the baseline. scales: as in
+    QALoRALinear. Raises UserError as `check_targets` does, and where no layer can be adapted.
     """
     check_targets(targets)
     model.requires_grad_(False)

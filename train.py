@@ -25,15 +25,13 @@ from torch import nn
 import evals
 import formats
 from cli import base, machine, report, runs
-from cli.data import digest, in_format, make_examples
-from cli.errors import UserError, run_command
+from cli.data import data_of, digest, in_format, make_examples
+from cli.errors import run_command
 from cli.measure import weights_in_words
 from cli.settings import Settings, read_settings, save_settings
 from formats.adapter import save_adapter
 from qalora import adapter_parameters, add_adapters
 from text.batches import Example, batch_order, collate
-from text.instructions import Data, read_records
-from text.toy import make_world
 
 # ---- the training loop: the base is frozen, only the adapters learn
 
@@ -105,12 +103,7 @@ def run(settings: Settings) -> None:
     out = pathlib.Path(settings.out)
     is_first = machine.RANK == 0
     max_length, seed = settings.max_length, settings.seed
-    world = None if settings.data else make_world()
-    data = Data(world.train, "toy world", 0, "") if world else read_records(settings.data)
-    if data.form == "text" and settings.template:
-        raise UserError(
-            "--template is for conversations, and the data are plain text; leave it out"
-        )
+    world, data = data_of(settings.data, settings.template)
     if settings.weights:  # so that bad data is found before anything slow
         tokenizer = in_format(base.tokenizer_of(settings), settings.template)
         train, held_out = make_examples(data, tokenizer, max_length, seed)
@@ -128,11 +121,11 @@ def run(settings: Settings) -> None:
     model.model.checkpointing = bool(settings.checkpointing)
     weights = weights_in_words(model)
     torch.manual_seed(seed)
-    add_adapters(model, settings.rank, settings.alpha, settings.targets.split(","))
+    targets, scales = settings.targets.split(","), settings.adapt == "scales"
+    add_adapters(model, settings.rank, settings.alpha, targets, scales)
     if is_first:
         count = sum(p.numel() for p in adapter_parameters(model).values())
-        print(f"fine-tuning {count:,} parameters beside {weights}, ", end="")
-        print(f"on {len(train)} examples")
+        print(f"fine-tuning {count:,} parameters beside {weights}, on {len(train)} examples")
     identity = {"base": formats.fingerprint(out / "base"), "examples": digest(train + held_out)}
     train_adapters(settings, model, train, held_out, identity)
     if is_first:
@@ -174,12 +167,7 @@ def train_adapters(
         settings.seed,
         done,
     )
-
-    def loss_on(some):
-        return evals.response_loss(model, some, settings.micro_batch_size)
-
-    few = examples[:4]
-    runs.record(steps, settings, identity, model, optimizer, done, loss_on, held_out, few)
+    runs.record(steps, settings, identity, model, optimizer, done, held_out, few=examples[:4])
 
 
 def main() -> None:

@@ -7,9 +7,26 @@ from collections.abc import Sequence
 from cli import machine
 from cli.errors import UserError
 from text.batches import Example, encode
-from text.instructions import Data
+from text.instructions import Data, read_records
 from text.records import read_text
 from text.tokenizer import Tokenizer
+from text.toy import World, make_world
+
+
+def data_of(path: str | None, template: str | None) -> tuple[World | None, Data]:
+    """(the toy world or None, the data of a run): the world's, without a path.
+
+    Raises UserError as `read_records` does, and for a template that the data have no use for.
+    """
+    if path is None:
+        world = make_world()
+        return world, Data(world.train, "toy world", 0, "")
+    data = read_records(path)
+    if data.form == "text" and template:
+        raise UserError(
+            "--template is for conversations, and the data are plain text; leave it out"
+        )
+    return None, data
 
 
 def in_format(tokenizer: Tokenizer, template: str | None) -> Tokenizer:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
+import evals
 from cli import machine
 from cli.errors import UserError
 from cli.files import read_json, remove, write_json, written_whole
@@ -37,6 +38,7 @@ LASTING = (
     "group_size",
     "rank",
     "alpha",
+    "adapt",
     "targets",
     "lr",
     "clip",
@@ -121,7 +123,6 @@ def record(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     done: int,
-    loss_on: Callable[[list[Example]], float],
     held_out: list[Example],
     few: list[Example],
 ) -> None:
@@ -129,7 +130,7 @@ def record(
 
     steps: yields a dict with step, loss, grad_norm and tokens after every optimizer step.
     identity: what else a resumed run must share (the base and the examples).
-    done: the steps that were done before. loss_on: called before a checkpoint is saved, so that
+    done: the steps that were done before. The loss is taken before a checkpoint is saved, so that
     none is of a model that has diverged; on the examples `held_out`, if any, or else on a `few`,
     and on a signal too, as nobody waits then for the validation of a large model.
     Raises UserError, naming the last good checkpoint, when a number is not finite.
@@ -152,7 +153,8 @@ def record(
             save = step % settings.save_every == 0 or last or stop
             if save:
                 validates = bool(held_out) and not stop
-                value = loss_on(held_out if validates else few)
+                judged = held_out if validates else few
+                value = evals.response_loss(model, judged, settings.micro_batch_size)
                 label = "validation loss" if validates else "loss"
                 check_finite(out, step, f"{label} after this step", value)
                 if validates:
@@ -350,7 +352,7 @@ def check_same_run(settings: Settings, identity: dict) -> None:
     if folder is None:
         return
     file = folder / "settings.json"
-    before = read_json(file) if file.exists() else {}
+    before = {"adapt": "offsets", **read_json(file)} if file.exists() else {}  # once the only way
     places = {
         "base": f"{settings.out}/base",
         "examples": f"--data {settings.data} or the chat template",

@@ -93,16 +93,17 @@ def input_gradient(
 def range_gradients(
     gy_NO: Tensor, x_NI: Tensor, packed: Tensor, scale: Tensor, bits: int, unpack: Callable
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of scale, of offset), float32 [O, G]: the weight's, gy^T @ x, summed over groups.
+    """(gradient of scale, of offset), [O, G]: the weight's, gy^T @ x, summed over each group.
 
-    For the scale times the codes. A cacheful of rows at a time; `unpack` is quant.py's.
+    That of the scale is multiplied by the codes before. In float32 at least, a cacheful of rows at
+    a time; `unpack` is quant.py's.
     """
-    grad_scale, grad_offset = torch.empty(2, *scale.shape, device=scale.device)
-    in_features = x_NI.shape[1]
+    wide, in_features = torch.promote_types(gy_NO.dtype, torch.float32), x_NI.shape[1]
+    grad_scale, grad_offset = torch.empty(2, *scale.shape, dtype=wide, device=scale.device)
     rows_at_a_time = max(1, IN_CACHE // in_features)
     for start in range(0, len(packed), rows_at_a_time):
         rows = slice(start, start + rows_at_a_time)
-        grad_w = (gy_NO[:, rows].t() @ x_NI).float().unflatten(1, (scale.shape[1], -1))
+        grad_w = (gy_NO[:, rows].t() @ x_NI).to(wide).unflatten(1, (scale.shape[1], -1))
         grad_offset[rows] = grad_w.sum(dim=-1)
         codes = unpack(packed[rows], bits, in_features).view(grad_w.shape)
         grad_scale[rows] = grad_w.mul_(codes).sum(dim=-1)

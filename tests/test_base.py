@@ -31,7 +31,6 @@ from hypothesis import given, settings
 
 import formats
 import llama
-import train
 from cli import base
 from formats import fingerprint, load_model
 from formats.files import open_file
@@ -115,7 +114,7 @@ def test_data_is_read_once_and_calibration_only_for_a_gptq_that_runs(world, tmp_
         print(f"reading {path}.")
         return read_records(path)
 
-    for module in (train, base):
+    for module in (data, base):
         monkeypatch.setattr(module, "read_records", read)
     out, other = tmp_path / "run", dict(calibration=world / "fewer.json")
     gptq = dict(quantizer="gptq", bits=3, **other)

@@ -9,8 +9,7 @@ from helpers_runs import RECORDS, options, run
 
 import evals
 import llama
-import train
-from cli import base, report
+from cli import base, data, report
 from text.batches import Example, token_stream
 from text.tokenizer import load_tokenizer
 from text.toy import make_world
@@ -42,7 +41,7 @@ def test_the_default_run_scores_every_stage_and_says_whether_bits_are_equal(
     small, out = make_world(people=6), tmp_path / "run"
     for module in (base, report):
         monkeypatch.setattr(module, "TOY_BASE", world / "weights")
-    monkeypatch.setattr(train, "make_world", lambda: small)
+    monkeypatch.setattr(data, "make_world", lambda: small)
     words = [
         "--steps",
         "20",
