@@ -31,7 +31,7 @@ from hypothesis import given, settings
 
 import formats
 import llama
-from cli import base
+from cli import base, data
 from formats import fingerprint, load_model
 from formats.files import open_file
 from formats.huggingface import save_pretrained

@@ -60,7 +60,7 @@ def one_group(seed, group_size, rows=20):
 
 
 @pytest.mark.parametrize(
-    "bits, plain, searched", [(2, 0.4301, 0.188), (3, 0.1449, 0.091), (4, 0.0653, 0.045)]
+    "bits, plain, searched", [(2, 0.4246, 0.1857), (3, 0.1406, 0.0895), (4, 0.0631, 0.0444)]
 )
 def test_on_the_1024_wide_layer_gptq_beats_the_better_of_plain_gptq_and_rtn(bits, plain, searched):
     w, hessian = layer(0, 1024, 1024)
