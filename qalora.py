@@ -97,9 +97,7 @@ def check_targets(targets: Sequence[str]) -> None:
     """Raises UserError for a name that is none of the seven linear layers of a block."""
     for name in targets:
         if name not in LINEARS:
-            raise UserError(
-                f"--targets names {name!r}; the linear layers of a block are {', '.join(LINEARS)}"
-            )
+            raise UserError(f"--targets names {name!r}; a block's are {', '.join(LINEARS)}")
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -177,7 +177,6 @@ def quantize_gptq(
     and 4 bits (tests/test_quant_search.py). damping: see `damped_factor`. Other arguments, result
     and errors as in `quantize_rtn`.
     """
-    in_features = w_OI.shape[1]
     _grouped(w_OI, group_size)
     order_I = largest_first(hessian_II, group_size)
     factor = damped_factor(hessian_II[order_I][:, order_I], damping)
@@ -195,11 +194,11 @@ def quantize_gptq(
         scales.append(scale)
         offsets.append(offset)
 
-    in_order(0, in_features, group_size, factor, drift, error, round_one_group)
+    in_order(0, len(w), group_size, factor, drift, error, round_one_group)
     place_I = order_I.argsort()
     place_G = place_I[::group_size] // group_size
-    scale, offset = torch.stack(scales)[place_G], torch.stack(offsets)[place_G]
-    return Quantized(*(t.t().contiguous() for t in (codes[place_I], scale, offset)))
+    placed = codes[place_I], torch.stack(scales)[place_G], torch.stack(offsets)[place_G]
+    return Quantized(*(t.t().contiguous() for t in placed))
 
 
 def largest_first(hessian_II: Tensor, group_size: int) -> Tensor:
@@ -209,12 +208,9 @@ def largest_first(hessian_II: Tensor, group_size: int) -> Tensor:
     GPTQ's activation order as far as groups of consecutive inputs allow.
     """
     power_Gg = hessian_II.diagonal().view(-1, group_size)
-    groups_G = power_Gg.mean(dim=1).argsort(descending=True, stable=True)
     inputs_Gg = power_Gg.argsort(dim=1, descending=True, stable=True)
-    inputs_Gg = (
-        inputs_Gg + group_size * torch.arange(len(groups_G), device=groups_G.device)[:, None]
-    )
-    return inputs_Gg[groups_G].flatten()
+    inputs_Gg += torch.arange(0, len(hessian_II), group_size, device=power_Gg.device)[:, None]
+    return inputs_Gg[power_Gg.mean(dim=1).argsort(descending=True, stable=True)].flatten()
 
 
 def in_order(
@@ -431,10 +427,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         fits = in_features % group_size == 0
         assert fits, f"group size {group_size} does not divide {in_features} inputs"
-        self.in_features = in_features
-        self.out_features = out_features
-        self.bits = bits
-        self.group_size = group_size
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
         width = packed_width(in_features, bits)
         groups = in_features // group_size
         self.register_buffer("packed", torch.empty(out_features, width, dtype=torch.uint8))
@@ -496,27 +490,19 @@ def quantize_model(
     cannot hold a scale.
     """
     check_group_size(model.config, group_size)
-    hidden, rotary = embed_calibration(model, calibration_tokens)
+    hidden = rotary = None
+    if calibration_tokens is not None:
+        tokens_NT = calibration_tokens.to(model.model.embed_tokens.weight.device)
+        length = tokens_NT.shape[1]
+        rotary = rotary_table(model.config, torch.arange(length, device=tokens_NT.device))
+        batches = tokens_NT.split(max(1, CALIBRATION_BATCH // length))
+        hidden = [model.model.embed_tokens(batch).detach() for batch in batches]
     label = f"quantizing to {bits} bits by {'GPTQ' if hidden else 'RTN'}"
     for i, block in enumerate(tqdm(model.model.layers, label, unit="block")):
         if load_block:
             load_block(block, i)
         quantize_block(block, f"model.layers.{i}.", bits, group_size, hidden, rotary, search)
     return model
-
-
-@torch.no_grad()
-def embed_calibration(
-    model: Llama, calibration_tokens: Tensor | None
-) -> tuple[list[Tensor] | None, tuple | None]:
-    """The first block's inputs, a list of [B, T, D], and the rotary table; (None, None) for RTN."""
-    if calibration_tokens is None:
-        return None, None
-    device = model.model.embed_tokens.weight.device
-    length = calibration_tokens.shape[1]
-    rotary = rotary_table(model.config, torch.arange(length, device=device))
-    batches = calibration_tokens.to(device).split(max(1, CALIBRATION_BATCH // length))
-    return [model.model.embed_tokens(tokens) for tokens in batches], rotary
 
 
 @torch.no_grad()
