@@ -256,10 +256,11 @@ def training(
     def in_nf4(layer):
         return NF4Linear.from_weight(layer.weight.detach())
 
-    ours = "ours: 4 bits, QA-LoRA"
+    ours, with_scales = "ours: 4 bits, QA-LoRA", "ours: 4 bits, QA-LoRA with scales"
     blocks = {
         f"dense {dtype}, LoRA": adapted(dense),
         ours: adapted(quantized),
+        with_scales: adapted(quantized, scales=True),
         "ours: NF4, QLoRA": adapted(dense, replace=in_nf4),
         "bitsandbytes and peft: NF4, QLoRA": bitsandbytes_and_peft(dense, device),
     }
@@ -272,7 +273,8 @@ def training(
         for name, b in blocks.items():
             steps[name] = b and training_step(b, dense.config, tokens, dtype, device)
         plain = steps[ours]
-        steps |= {ours: compiled(plain), f"{ours}, not compiled": plain}
+        steps |= {name: compiled(steps[name]) for name in (ours, with_scales)}
+        steps[f"{ours}, not compiled"] = plain
         what = f"training step, one block of 7B, {tokens} tokens"
         for row in compare(what, steps, turns, device, least):
             row["peak bytes"] = peak = peak_memory(steps[row["name"]], device)

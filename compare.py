@@ -33,7 +33,6 @@ import concurrent.futures
 import copy
 import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import time
@@ -52,10 +51,11 @@ from cli.jobs import pool_of, run_and_keep
 from cli.measure import bits_per_weight
 from cli.runs import adamw
 from cli.subjects import Material, Real, Toy, real
+from evals import joined
 from llama import LINEARS, Llama
 from merge import merge
 from qalora import adapter_parameters, add_adapters
-from quant import load_quantized, quantize_model, save_quantized
+from quant import check_group_size, load_quantized, quantize_model, save_quantized
 from text.batches import Example
 from train import fine_tune
 
@@ -135,7 +135,7 @@ REAL = dict(  # of a real language model, whose subject comes from the command l
     steps=125,
     batch_size=8,
     rates=(5e-4, 1e-3, 2e-3),
-    ablations=(dict(bits=4, group_size=64),),
+    ablations=(dict(bits=4, group_size=64), dict(bits=2, ranks=2)),
 )
 CHOOSING_SEED = 0  # the learning rates are chosen here; seeds 1, 2, ... are reported
 FACTOR = 2**6  # learning rates are tried up to so many times the first ones, or a part of them
@@ -165,7 +165,8 @@ class Job(NamedTuple):
 def run(study: Study, job: Job, rows: tuple[str, ...] | None) -> list[dict]:
     """Runs a job; returns a dict for every model deployed from it: row, job and measurements.
 
-    rows: the names of those to deploy; None while choosing, which is all of the table's.
+    rows: the names of those to deploy; None while choosing, which is all of the table's. A rate
+    that diverges has no merit then.
     """
     choosing = rows is None
     material = study.subject.material(job.seed, choosing)
@@ -177,7 +178,13 @@ def run(study: Study, job: Job, rows: tuple[str, ...] | None) -> list[dict]:
     fitted = {"trainable": 0, "seconds": 0.0}
     if job.method != "base":
         used = material.examples[: round(job.share * len(material.examples))]
-        fitted = adapt(study, job, model, used)
+        try:
+            fitted = adapt(study, job, model, used)
+        except FloatingPointError:
+            if not choosing:
+                raise
+            lost = {**job._asdict(), "merit": None}
+            return [{"row": name, **lost} for name in deployed_rows(study, job, choosing)]
     measured = []
     for name, make in deployments(study, job, model, material, choosing):
         if choosing or name in rows:
@@ -188,13 +195,21 @@ def run(study: Study, job: Job, rows: tuple[str, ...] | None) -> list[dict]:
     return measured
 
 
-def quantized_base(study: Study, job: Job, material: Material) -> Llama:
+def quantized_base(study: Study, job: Job, material: Material | None = None) -> Llama:
     """The job's base, quantized by GPTQ to its bits; kept, as several jobs share it."""
     name = f"gptq-{job.bits}-{job.group_size}-{'search' if job.search else 'min-max'}"
     folder = study.subject.folder(job.seed) / name
     if not (folder / "config.json").exists():
+        material = material or study.subject.material(job.seed, choosing=True)
         save_quantized(requantized(material.model, job, material.calibration), folder)
     return load_quantized(folder)
+
+
+def prepare_base(study: Study, job: Job) -> None:
+    """Makes the job's base where it is not there, so that no two jobs do at once."""
+    study.subject.prepare(job.seed)
+    if job.bits:
+        quantized_base(study, job)
 
 
 def adapt(study: Study, job: Job, model: Llama, examples: list[Example]) -> dict[str, float]:
@@ -309,17 +324,23 @@ def ablation_jobs(study: Study, seed: int) -> list[Job]:
 
 
 def choose(rows: list[dict]) -> dict[str, float]:
-    """{row: learning rate} of the most merit on what is held back for choosing."""
+    """{row: learning rate} of the most merit on what is held back for choosing.
+
+    Raises UserError where none has any.
+    """
     best = {}
-    for row in sorted(rows, key=lambda row: row["merit"]):
+    for row in sorted((row for row in rows if row["merit"]), key=lambda row: row["merit"]):
         best[row["row"]] = row["lr"]
+    lost = {row["row"] for row in rows} - best.keys()
+    if lost:
+        raise UserError(f"{', '.join(sorted(lost))}: all learning rates that were tried diverged")
     return best
 
 
-def deployed_rows(study: Study, job: Job) -> list[str]:
-    """The names of all rows that a job is deployed as in the end."""
+def deployed_rows(study: Study, job: Job, choosing: bool = False) -> list[str]:
+    """The names of all rows that a job is deployed as, by default those that are reported."""
     rows = [row_of(study, job)]
-    return rows + [row_of(study, made) for made in requantizations(study, job, False)]
+    return rows + [row_of(study, made) for made in requantizations(study, job, choosing)]
 
 
 def rated(study: Study, job: Job, rates: dict[str, float]) -> list[tuple[Job, tuple[str, ...]]]:
@@ -358,25 +379,26 @@ def choose_rates(study: Study, run_all: Callable) -> tuple[dict[str, float], lis
             more = [lr for lr in more if min(study.rates) / FACTOR < lr < max(study.rates) * FACTOR]
             if more:
                 waiting[job] = more
-    tried = joined(rows.values())
-    return choose(tried), tried
-
-
-def joined(lists: Iterable[list]) -> list:
-    """All elements of some lists."""
-    return list(itertools.chain.from_iterable(lists))
+    for job in jobs:
+        tried = {row["lr"] for row in rows[job]}
+        for name, lr in choose(rows[job]).items():
+            if lr in (min(tried), max(tried)):
+                print(f"{name}: the best learning rate, {lr:g}, is the last of those tried")
+    found = joined(rows.values())
+    return choose(found), found
 
 
 def compare(study: Study, seeds: list[int], workers: int, kept: pathlib.Path) -> dict:
     """Runs everything that is not in the file `kept`; returns what the results' file holds."""
     with pool_of(workers) as pool:
         run_all = functools.partial(run_jobs, pool, study, kept)
-        list(pool.map(study.subject.prepare, [CHOOSING_SEED, *seeds]))
+        bases = base_jobs(study, [CHOOSING_SEED, *seeds])
+        list(pool.map(prepare_base, [study] * len(bases), bases))
         rates, validation = choose_rates(study, run_all)
         print("learning rates:", json.dumps(rates), flush=True)
         rows = joined(run_all(reported_jobs(study, seeds, rates)))
-    bases = [row for row in rows if row["method"] == "base"]
-    rows.sort(key=order(bases + validation + rows))
+    first = [row for row in rows if row["method"] == "base"]
+    rows.sort(key=order(first + validation + rows))
     return {
         "settings": study.describe(),
         "seeds": seeds,
@@ -386,14 +408,29 @@ def compare(study: Study, seeds: list[int], workers: int, kept: pathlib.Path) ->
     }
 
 
+def with_own_base(study: Study, seeds: list[int]) -> list[int]:
+    """The seeds whose base no seed before them has."""
+    first = {study.subject.folder(seed): seed for seed in reversed(seeds)}
+    return [seed for seed in seeds if seed in first.values()]
+
+
+def base_jobs(study: Study, seeds: list[int]) -> list[Job]:
+    """A job for everything that several jobs share and that takes long to make."""
+    jobs = []
+    for seed in with_own_base(study, seeds):
+        for job in main_jobs(study, seed) + ablation_jobs(study, seed):
+            bits = job.bits if job.method == "QA-LoRA" else 0
+            jobs.append(Job(seed, "base", 0.0, bits, job.group_size, job.search))
+    return list(dict.fromkeys(jobs))
+
+
 def reported_jobs(
     study: Study, seeds: list[int], rates: dict[str, float]
 ) -> list[tuple[Job, tuple[str, ...]]]:
     """All jobs whose rows are reported, seed by seed, and which rows."""
-    first = {study.subject.folder(seed): seed for seed in reversed(seeds)}  # with a base's own seed
     jobs = []
     for seed in seeds:
-        base = [Job(seed, "base")] if seed in first.values() else []
+        base = [Job(seed, "base")] if seed in with_own_base(study, seeds) else []
         for job in (*base, *main_jobs(study, seed), *ablation_jobs(study, seed)):
             jobs += rated(study, job, rates)
     return jobs
@@ -413,6 +450,7 @@ def name_of(study: Study, job: Job, rows: tuple[str, ...] | None) -> str:
     """All that a job's result depends on, as JSON; not which others there are beside it."""
     shared = study.describe()
     del shared["rates"], shared["ablations"]
+    shared["subject"].pop("files", None)  # wherever they are
     usual = Job(0, "")
     chosen = {field: v for field, v in job._asdict().items() if v != getattr(usual, field)}
     return json.dumps([shared, {"seed": job.seed, **chosen}, rows])
@@ -422,6 +460,7 @@ def tell(progress: str, rows: list[dict]) -> None:
     """Prints what a job has measured."""
     for row in rows:
         scores = [f"{metric} {row[metric]:.4g}" for metric in METRICS if metric in row]
+        scores = scores or ["diverged"]
         which = f"seed {row['seed']}, lr {row['lr']:g}, {row['row']}"
         print(f"[{progress}] {which}: {', '.join(scores)}", flush=True)
 
@@ -445,18 +484,22 @@ def study_of(args: argparse.Namespace) -> Study:
         raise UserError(
             "a real language model needs --weights, --data, --text and --choices, and no --quick"
         )
-    subject = real(*files)
-    quantization = formats.quantization_of(args.weights)
-    if quantization:
-        print(f"{args.weights} is quantized; the float model here is what it dequantizes to")
-    return Study(subject=subject, **REAL)
+    study = Study(subject=real(*files), **REAL)
+    config = formats.read_config(args.weights)
+    for change in ({}, *study.ablations):
+        check_group_size(config, change.get("group_size", study.group_size))
+    if formats.quantization_of(args.weights):
+        print(
+            f"{args.weights} is quantized; what it dequantizes to, in bfloat16, is the float model"
+        )
+    return study
 
 
 def main() -> None:
     """Runs the command line."""
     parser = Parser(prog="compare.py", description=__doc__)
     add = parser.add_argument
-    add("--weights", help="a real language model, any that train.py takes")
+    add("--weights", help="a real language model: a folder or a file, as for train.py")
     add("--data", help="with it: records to fine-tune on; the last 100 are the test")
     add("--text", help="and a text whose perplexity is taken")
     add("--choices", help="and lines of question, choices, answer, as for evals.py")
@@ -467,11 +510,9 @@ def main() -> None:
     add("--plot", type=pathlib.Path, metavar="FILE", help="only print and draw a results' file")
     args = parser.parse_args()
     if args.plot:
-        if args.quick or args.seeds or args.out or args.weights:
-            parser.error(
-                "--plot draws a file that is there; --quick, --seeds, --out and --weights would "
-                "make another"
-            )
+        others = (args.seeds, args.out, args.weights, args.data, args.text, args.choices)
+        if args.quick or any(others):
+            parser.error("--plot draws a file that is there; the other options would make another")
         plot(args.plot)
         return
     study = study_of(args)

@@ -179,7 +179,7 @@ def quantize_gptq(
     """
     _grouped(w_OI, group_size)
     order_I = largest_first(hessian_II, group_size)
-    factor = damped_factor(hessian_II[order_I][:, order_I], damping)
+    factor = damped_factor(hessian_II[order_I[:, None], order_I], damping)
     w = w_OI.detach().float().t()[order_I]  # [I, O]: the weights of one input are contiguous
     drift, error = torch.zeros_like(w), torch.empty_like(w)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)

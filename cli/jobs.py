@@ -50,6 +50,8 @@ def run_and_keep(
     for name, arguments in jobs.items():
         if name not in done:
             running[pool.submit(run, *arguments)] = name
+    if len(running) < len(jobs):
+        print(f"{len(jobs) - len(running)} of {len(jobs)} jobs are done already, in {kept}")
     for count, future in enumerate(concurrent.futures.as_completed(running), 1):
         name, result = running[future], future.result()
         done[name] = result

@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import math
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,6 +39,7 @@ from text.tokenizer import Tokenizer, load_tokenizer
 from text.toy import ATTRIBUTES, World, make_world
 
 BASES = pathlib.Path("runs/compare-bases")
+VERSION = 1  # one more when jobs give other numbers, by this file or by GPTQ: then none is reused
 MAX_LENGTH = 512  # tokens of an example
 CALIBRATION_TOKENS = 2**14
 
@@ -48,7 +50,12 @@ class Material(NamedTuple):
     model: Llama  # in float
     examples: list[Example]  # to fine-tune on
     calibration: Tensor  # [N, T] tokens for GPTQ
-    judge: Callable[[Llama], dict]  # metrics of a deployed model; "merit", a list, when choosing
+    judge: Callable[[Llama], dict]  # metrics of a deployed model; when choosing also its `merit`
+
+
+def merit(*scores: float) -> list[float] | None:
+    """What learning rates are compared by, the first score first; None where one is not finite."""
+    return list(scores) if all(map(math.isfinite, scores)) else None
 
 
 # ---- worlds of invented people
@@ -64,12 +71,12 @@ class Toy:
 
     def describe(self) -> dict:
         """What tells one from another."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "version": VERSION}
 
     def folder(self, seed: int) -> pathlib.Path:
         """Where the base of a seed is kept."""
-        sizes = (*self.model.values(), self.people, *self.pretraining.values(), seed)
-        return BASES / "-".join(str(size) for size in sizes)
+        made = (VERSION, *self.model.values(), self.people, *self.pretraining.values(), seed)
+        return BASES / "-".join(str(number) for number in made)
 
     def prepare(self, seed: int) -> None:
         """Pretrains the base of a seed."""
@@ -106,7 +113,7 @@ def judge_toy(tokenizer: Tokenizer, world: World, choosing: bool, model: Llama) 
         records = split(world)[1]
         exact = evals.exact_match(model, tokenizer, records, 8)
         loss = evals.response_loss(model, encode(records, tokenizer, MAX_LENGTH)[0], 64)
-        return {"exact_match": exact, "loss": loss, "merit": [exact, -loss]}
+        return {"exact_match": exact, "loss": loss, "merit": merit(exact, -loss)}
     stream = token_stream(world.heldout, tokenizer)
     choices = evals.multiple_choice(model, tokenizer, world.choices, 256)
     return {
@@ -133,12 +140,13 @@ class Real:
     """
 
     files: dict[str, str]  # weights, data, text, choices: where they are
-    digests: dict[str, str]  # and the SHA-256 of each
+    digests: dict[str, str]  # of each, and of the tokenizer with its chat template
     arithmetic: str  # bfloat16 where the processor has it, else float32
 
     def folder(self, seed: int) -> pathlib.Path:
         """Where what is made of the model is kept; the same for every seed."""
-        return BASES / "-".join(self.digests[name][:12] for name in ("weights", "data"))
+        made_of = [self.digests[what][:12] for what in ("weights", "tokenizer", "data")]
+        return BASES / "-".join((str(VERSION), *made_of, self.arithmetic))
 
     def prepare(self, seed: int) -> None:
         """Nothing: the model is there."""
@@ -165,8 +173,7 @@ class Real:
         """The metrics of a deployed model."""
         model = in_float(copy.deepcopy(model))
         examples = encode(records, tokenizer, MAX_LENGTH)[0]
-        closed = [record for record in records if not record[-2].text.startswith(OPEN)]
-        matches = evals.greedy_matches(model, encode(closed, tokenizer, MAX_LENGTH)[0])
+        matches = evals.greedy_matches(model, encode(closed(records), tokenizer, MAX_LENGTH)[0])
         tokens = tokenizer.encode_prompt(read_text(self.files["text"]))[: PERPLEXITY_TOKENS + 1]
         window = min(WINDOW, model.config.max_position_embeddings)
         choices = read_json_lines(self.files["choices"], check_choices)
@@ -181,26 +188,36 @@ class Real:
     def describe(self) -> dict:
         """What tells one from another, wherever its files are."""
         names = {what: pathlib.Path(path).name for what, path in self.files.items()}
-        return {"files": names, "digests": self.digests, "arithmetic": self.arithmetic}
+        facts = {"digests": self.digests, "arithmetic": self.arithmetic, "version": VERSION}
+        return {"files": names, **facts}
 
 
 def real(weights: str, data: str, text: str, choices: str) -> Real:
     """The subject in these files; UserError where one cannot serve."""
-    records = read_records(data).records
-    if len(records) < 3 * HELD_OUT:
-        raise UserError(f"{data} has {len(records)} records; give {3 * HELD_OUT} or more")
+    found = read_records(data)
+    if found.form == "text" or len(found.records) < 3 * HELD_OUT:
+        have = f"is {found.form}" if found.form == "text" else f"has {len(found.records)} records"
+        raise UserError(f"{data} {have}; give {3 * HELD_OUT} or more questions with answers")
+    if not closed(cut(found.records)[2]):
+        raise UserError(f"{data}: none of its last {HELD_OUT} questions has one right answer")
     if not read_text(text).strip():
         raise UserError(f"{text} is empty; give a file with text in it")
     read_json_lines(choices, check_choices)
     formats.check(weights)
-    vocabulary = formats.read_config(weights).vocab_size
-    formats.load_tokenizer(weights).check_fits(vocabulary, weights)
+    tokenizer = formats.load_tokenizer(weights)
+    tokenizer.check_fits(formats.read_config(weights).vocab_size, weights)
     files = {"weights": weights, "data": data, "text": text, "choices": choices}
-    digests = {"weights": formats.fingerprint(weights)}
+    says = tokenizer.digest() + tokenizer.template.source
+    digests = {"weights": formats.fingerprint(weights), "tokenizer": sha256(says.encode())}
     for what in ("data", "text", "choices"):
-        digests[what] = hashlib.sha256(pathlib.Path(files[what]).read_bytes()).hexdigest()
+        digests[what] = sha256(pathlib.Path(files[what]).read_bytes())
     dtype = compute_dtype(torch.bfloat16, "cpu")
     return Real(files, digests, str(dtype).removeprefix("torch."))
+
+
+def sha256(content: bytes) -> str:
+    """In hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def cut(records: list[Record]) -> tuple[list[Record], list[Record], list[Record]]:
@@ -208,11 +225,16 @@ def cut(records: list[Record]) -> tuple[list[Record], list[Record], list[Record]
     return records[: -2 * HELD_OUT], records[-2 * HELD_OUT : -HELD_OUT], records[-HELD_OUT:]
 
 
+def closed(records: list[Record]) -> list[Record]:
+    """Those that may be compared word by word: their questions do not begin as open ones do."""
+    return [record for record in records if not record[-2].text.startswith(OPEN)]
+
+
 def judge_choice(tokenizer: Tokenizer, records: list[Record], model: Llama) -> dict:
     """The loss on the records to choose by."""
     examples = encode(records, tokenizer, MAX_LENGTH)[0]
     loss = evals.response_loss(in_float(copy.deepcopy(model)), examples)
-    return {"loss": loss, "merit": [-loss]}
+    return {"loss": loss, "merit": merit(-loss)}
 
 
 def in_float(model: Llama) -> Llama:

@@ -140,8 +140,9 @@ def test_judging_for_a_choice_reads_neither_test_choices_nor_held_out_text(
     assert judge(model).keys() == {"exact_match", "loss", "merit"}
 
 
-def test_the_chosen_rate_has_most_merit():
+def test_the_chosen_rate_has_most_merit_and_none_that_diverged_is_chosen():
     measured = [
+        ("a", 4, None),
         ("a", 1, [0.5, -1.0]),
         ("a", 2, [0.6, -9.0]),
         ("a", 3, [0.6, -8.0]),
@@ -151,6 +152,31 @@ def test_the_chosen_rate_has_most_merit():
     rows = [dict(zip(("row", "lr", "merit"), values, strict=True)) for values in measured]
     for _ in range(5):
         assert compare.choose(random.sample(rows, len(rows))) == {"a": 3, "b": 1}
+    with pytest.raises(UserError, match="^a: all learning rates that were tried diverged"):
+        compare.choose([*rows[:1], *rows[4:]])
+
+
+@given(st.lists(st.floats(), min_size=1, max_size=3))
+def test_what_is_not_a_finite_number_has_no_merit(scores):
+    finite = all(-math.inf < score < math.inf for score in scores)
+    assert subjects.merit(*scores) == (scores if finite else None)
+
+
+def test_a_rate_that_diverges_ends_no_comparison_while_choosing(small, tmp_path, monkeypatch):
+    def diverging(*arguments):
+        raise FloatingPointError("step 1: the loss is nan")
+
+    monkeypatch.chdir(tmp_path)
+    SMALL.subject.prepare(0)
+    monkeypatch.setattr(compare, "adapt", diverging)
+    rows = compare.run(SMALL, compare.Job(0, "QLoRA", 1e3), None)
+    names = ["QLoRA", "QLoRA w/ GPTQ 3 bits", "QLoRA w/ GPTQ 2 bits"]
+    assert [(row["row"], row["lr"], row["merit"]) for row in rows] == [
+        (n, 1e3, None) for n in names
+    ]
+    compare.tell("1/1", rows)
+    with pytest.raises(FloatingPointError):
+        compare.run(SMALL, compare.Job(0, "QLoRA", 1e3), tuple(names))
 
 
 @given(st.integers(-6, 6), st.integers(-6, 6))
@@ -181,7 +207,7 @@ def test_rates_are_doubled_and_halved_until_the_best_has_a_worse_one_on_either_s
         assert min(tried) < rate < max(tried)
 
 
-def test_rates_are_not_tried_for_ever():
+def test_rates_are_not_tried_for_ever_and_the_last_one_is_not_chosen_in_silence(capsys):
     def run_all(todo):
         return [[{"row": "a", "lr": job.lr, "merit": [job.lr]}] for job, _ in todo]
 
@@ -189,9 +215,11 @@ def test_rates_are_not_tried_for_ever():
         patch.setattr(compare, "main_jobs", lambda study, seed: [compare.Job(seed, "LoRA")])
         rates, rows = compare.choose_rates(SMALL, run_all)
     assert rates["a"] < compare.FACTOR * max(SMALL.rates) and len(rows) < 10
+    said = f"a: the best learning rate, {rates['a']:g}, is the last of those tried\n"
+    assert capsys.readouterr().out == said
 
 
-def test_a_finished_job_is_not_done_again_and_one_cut_off_is(tmp_path, monkeypatch):
+def test_a_finished_job_is_not_done_again_and_one_cut_off_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "concurrent", Here)
     monkeypatch.setattr(jobs, "prepare_worker", lambda: None)
     kept, ran, told = tmp_path / "kept", [], []
@@ -208,7 +236,9 @@ def test_a_finished_job_is_not_done_again_and_one_cut_off_is(tmp_path, monkeypat
 
     assert go(1, 2) == {"job 1": [1, 2], "job 2": [2, 4]} and ran == [1, 2]
     assert len(told) == 2 and told[1][1] == [2, 4]
+    assert "are done already" not in capsys.readouterr().out
     assert go(2, 3, 1) == {"job 2": [2, 4], "job 3": [3, 6], "job 1": [1, 2]} and ran == [3]
+    assert f"2 of 3 jobs are done already, in {kept}" in capsys.readouterr().out
     whole = kept.read_text()
     for cut in (1, 5, len("job 3") + 2):
         kept.write_text(whole[:-cut])
@@ -222,12 +252,44 @@ def test_a_job_of_other_settings_is_another_job(small, tmp_path, monkeypatch):
         compare, "run_and_keep", lambda *a: seen.append(list(a[3])) or dict.fromkeys(a[3], [])
     )
     job = compare.Job(1, "QA-LoRA", 1e-3, 2, 8)
+    monkeypatch.setattr(subjects, "VERSION", 1)
     studies = [SMALL, dataclasses.replace(SMALL, steps=2), dataclasses.replace(SMALL, rank=3)]
     for study in studies:
         for rows in (None, ("a",)):
             compare.run_jobs(None, study, None, [(job, rows), (job._replace(seed=2), rows)])
+    monkeypatch.setattr(subjects, "VERSION", 2)
+    compare.run_jobs(None, SMALL, None, [(job, None)])
     names = sum(seen, [])
-    assert len(set(names)) == len(names) == 12
+    assert len(set(names)) == len(names) == 13
+
+
+def test_a_job_does_not_depend_on_the_others_beside_it():
+    """So that a comparison with another method or ablation does only what is new."""
+    job = compare.Job(1, "QA-LoRA", 1e-3, 2, 8)
+    fewer = dataclasses.replace(SMALL, ablations=(), rates=(1.0,))
+    for rows in (None, ("a",)):
+        assert compare.name_of(SMALL, job, rows) == compare.name_of(fewer, job, rows)
+
+
+def test_every_base_is_made_once_before_the_jobs_that_share_it():
+    toy = compare.base_jobs(SMALL, [0, 1])
+    assert len(set(toy)) == len(toy)
+    quantized = {(job.seed, job.bits, job.group_size, job.search) for job in toy if job.bits}
+    wanted = {(3, 8, True), (2, 8, True), (2, 16, True), (2, 8, False)}
+    assert quantized == {(seed, *base) for seed in (0, 1) for base in wanted}
+    assert {job.seed for job in toy if not job.bits} == {0, 1}
+    digests = dict.fromkeys(("weights", "tokenizer", "data", "text", "choices"), "0" * 64)
+    real = compare.Study(subjects.Real({}, digests, "float32"), **compare.REAL)
+    shared = compare.base_jobs(real, [0, 1, 2])
+    assert {job.seed for job in shared} == {0}, "a real model is the same for all seeds"
+    rates = dict.fromkeys(["LoRA", "QLoRA"], 0.1)
+    for name in ("QLoRA w/ GPTQ", "QA-LoRA", "QA-LoRA with scales"):
+        rates |= {f"{name} {bits} bits": 0.1 for bits in real.bits}
+    jobs = compare.reported_jobs(real, [1, 2], rates)
+    bases = [rows for job, rows in jobs if job.method == "base"]
+    assert len(bases) == 1 and {"base", "RTN 4 bits, groups of 64", "GPTQ 2 bits"} <= set(bases[0])
+    names = [(job.seed, name) for job, rows in jobs for name in rows]
+    assert len(set(names)) == len(names)
 
 
 def test_every_method_bit_width_and_ablation_has_one_row_a_seed(small):
@@ -296,6 +358,7 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
         ("--plot folder/bench.json", "holds no results"),
         ("--plot results.json --quick", "would make another"),
         ("--plot results.json --weights x", "would make another"),
+        ("--plot results.json --text x", "would make another"),
         ("--weights folder", "needs --weights, --data, --text and --choices"),
         ("--quick --choices results.json", "needs --weights, --data, --text and --choices"),
     ],

@@ -20,7 +20,7 @@ from llama import CONFIGS, Llama, generate, linears
 from merge import merge
 from qalora import add_adapters
 from quant import QuantLinear, quantize_model, save_quantized
-from text.batches import encode
+from text.batches import encode, encode_asking
 
 
 def records(count):
@@ -74,20 +74,37 @@ def test_tuning_choosing_and_the_test_are_apart_and_choosing_leaves_the_test_alo
     ]
 
 
+def in_bfloat16(model, subject):
+    """A float model as the comparison rounds it."""
+    return model.bfloat16().to(getattr(torch, subject.arithmetic))
+
+
 def test_a_real_model_is_judged_by_what_evals_says_of_it(files):
-    """Against evals.py's own functions on the files, as its command calls them."""
-    subject = subjects.real(*files)
+    """Against evals.py's own functions on the files, as its command calls them.
+
+    Half of the closed questions have the model's own answers.
+    """
+    subject, rows = subjects.real(*files), records(320)
     tokenizer = formats.load_tokenizer(files[0])
+    model = in_bfloat16(formats.load_model(files[0]), subject)
+    prompts = [
+        encode_asking([exchange(row["instruction"], "")[0]], tokenizer) for row in rows[220:]
+    ]
+    for i, answer in enumerate(evals.answers(model, tokenizer, prompts, 3)):
+        if i % 2 and answer.strip() == answer != "":
+            rows[220 + i]["output"] = answer
+    pathlib.Path(files[1]).write_text(json.dumps(rows))
+    subject = subjects.real(*files)
     found = subject.material(1, False)
     scores = found.judge(found.model)
-    model = formats.load_model(files[0])
-    asked = [exchange(row["instruction"], row["output"]) for row in records(320)[220:]]
+    asked = [exchange(row["instruction"], row["output"]) for row in rows[220:]]
     closed = [record for record in asked if record[0].text.startswith("What is")]
+    ends = evals.greedy_matches(model, encode(closed, tokenizer, 512)[0])
     tokens = tokenizer.encode_prompt("Nelo Saru lives in a city. " * 40)
     items = [("Nelo likes", ["tofu", "a green hat"], 1)]
-    assert scores == {
+    assert 20 < len(closed) < 50 and scores == {
         "loss": pytest.approx(evals.response_loss(model, encode(asked, tokenizer, 512)[0])),
-        "exact_match": evals.exact_match(model, tokenizer, closed, 20),
+        "exact_match": sum(ends) / len(closed),
         "perplexity": pytest.approx(evals.perplexity(model, tokens, 512)),
         "multiple_choice": evals.multiple_choice(model, tokenizer, items)["normalized"],
     }
@@ -142,7 +159,8 @@ def test_a_quantized_model_serves_as_the_float_one_it_dequantizes_to(
     subject = subjects.real(str(folder), *files[1:])
     found = subject.float_model()
     for (name, layer), (_, packed) in zip(linears(found), linears(model), strict=True):
-        assert torch.equal(layer.weight, packed.dequantize()), name
+        wanted = packed.dequantize().bfloat16().to(layer.weight.dtype)
+        assert torch.equal(layer.weight, wanted), name
 
 
 @pytest.mark.parametrize("which", range(4))
@@ -165,15 +183,32 @@ def test_a_subject_is_another_when_a_file_changes_but_not_when_it_moves(files, t
     assert subjects.real(*moved).describe() != described
 
 
+def test_a_subject_is_another_with_another_chat_template(files, toy_tokenizer):
+    before = subjects.real(*files)
+    source = toy_tokenizer.alpaca_template.replace("### Response", "### Answer")
+    assert source != toy_tokenizer.alpaca_template
+    toy_tokenizer.with_template(source).save(pathlib.Path(files[0]))
+    after = subjects.real(*files)
+    assert after.describe() != before.describe() and after.folder(0) != before.folder(0)
+
+
 @pytest.mark.parametrize(
     "which, content, said",
     [
-        (1, json.dumps(records(299)), "299 records; give 300 or more"),
+        (1, json.dumps(records(299)), "has 299 records; give 300 or more"),
+        (1, "\n\n".join(["Some text."] * 400), "is text; give 300 or more questions"),
+        (
+            1,
+            json.dumps([{"instruction": "Name it.", "output": "It."}] * 300),
+            "none of its last 100",
+        ),
         (2, "", "is empty"),
         (3, '{"question": "x"}', "line 1"),
     ],
 )
 def test_a_file_that_cannot_serve_is_the_users_mistake(files, which, content, said):
+    if content.startswith("Some text"):
+        files[1] = files[1].replace(".json", ".txt")
     pathlib.Path(files[which]).write_text(content)
     with pytest.raises(UserError, match=said):
         subjects.real(*files)
