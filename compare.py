@@ -1,6 +1,6 @@
 """The paper's comparison: models fine-tuned by its methods and deployed at 4, 3 or 2 bits.
 
-    python compare.py                              the toy study, three seeds: 1 to 2 hours, 2 cores
+    python compare.py                              the toy study, three seeds: 2 to 3 hours, 2 cores
     python compare.py --quick                      a smaller world and model, no ablations: 3 min
     python compare.py --weights MODEL --data RECORDS.json --text FILE.txt --choices FILE.jsonl
     python compare.py --plot results/compare.json  prints it again, draws results/compare.png
@@ -12,7 +12,7 @@ or halved until the best has a worse one on either side. Ablations take the rate
 test is met only after that, on fresh seeds.
 
 Finished jobs are kept beside the results, in OUT.jobs: a comparison that was interrupted goes on
-where it was, and one with another method does only that method's jobs.
+where it was, and one with other ablations of a method runs only that method again.
 
 The toy study has a world, a tokenizer and a pretrained base for every seed, kept in runs/. Unlike
 train.py's, this base is dense: 24,000 bits of facts in 460,000 weights. So quantizing hurts it as

@@ -2,8 +2,8 @@
 
 LoRA adds s * B @ A @ x to a layer, with A as wide as the input. QA-LoRA lets A see only the sum of
 x over each group of the quantizer, so all that the adapter can do is move each group's offset, by
-s * B @ A. The layer below computes that moved offset and multiplies by it; merging keeps it. Both
-use the same numbers in the same operations, so the merged model returns the same bits.
+s * B @ A. The layer below computes that offset (on request such a scale, too, which is our own) and
+multiplies by it; merging keeps it: the same numbers in the same operations, so the same bits.
 
 Dimension key: O outputs, I inputs, G groups, R rank.
 """

@@ -95,8 +95,8 @@ def range_gradients(
 ) -> tuple[Tensor, Tensor]:
     """(gradient of scale, of offset), [O, G]: the weight's, gy^T @ x, summed over each group.
 
-    That of the scale is multiplied by the codes before. In float32 at least, a cacheful of rows at
-    a time; `unpack` is quant.py's.
+    That of the scale is multiplied by the codes before. The weight's is rounded to gy's dtype, sums
+    are in float32 at least. A cacheful of rows at a time; `unpack` is quant.py's.
     """
     wide, in_features = torch.promote_types(gy_NO.dtype, torch.float32), x_NI.shape[1]
     grad_scale, grad_offset = torch.empty(2, *scale.shape, dtype=wide, device=scale.device)

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 import formats
 from formats.adapter import load_adapter, save_adapter
+from kernels import matmul
 from llama import Llama
 from merge import merge
 from qalora import QALoRALinear, adapter_parameters, add_adapters
-from quant import Quantized, QuantLinear, unpack
+from quant import Quantized, QuantLinear, pack, unpack
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SHAPES = st.integers(1, 5), st.integers(1, 4), st.integers(1, 40)  # rows, groups, inputs of each
@@ -95,6 +96,45 @@ def test_a_merged_layer_returns_the_adapted_layers_bits(
     assert torch.equal(merged.scale.float(), moved.float()) and not merged.scale.requires_grad
     if size == 0.3 and not finer:
         assert not torch.equal(before, merged.scale) or not before.any()
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_ranges_do_not_depend_on_the_pieces_they_are_computed_in(
+    monkeypatch, dtype, pieces
+):
+    """Every row has codes of its own; sums of 32 products stay exact in bfloat16's 8 bits."""
+    codes = integers(0, 0, 3, 10, 64, dtype=torch.uint8)
+    x, grad = integers(1, -1, 1, 4, 64), integers(2, -1, 1, 4, 10)
+    w_OGg = (grad.t() @ x).view(10, 2, 32)
+    expected = [(w_OGg * codes.view(10, 2, 32)).sum(-1), w_OGg.sum(-1)]
+    monkeypatch.setattr(matmul, "IN_CACHE", 64 * 10 // pieces)
+    scale = torch.ones(10, 2).half()
+    found = matmul.range_gradients(grad.to(dtype), x.to(dtype), pack(codes, 2), scale, 2, unpack)
+    assert same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_a_group_are_taken_in_float32(dtype):
+    """300 inputs of weight gradient 1: bfloat16 counts to 256 only."""
+    packed, scale = pack(torch.ones(1, 320, dtype=torch.uint8), 2), torch.ones(1, 1).half()
+    x = torch.cat((torch.ones(1, 301), torch.zeros(1, 19)), 1).to(dtype)
+    for found in matmul.range_gradients(torch.ones(1, 1, dtype=dtype), x, packed, scale, 2, unpack):
+        assert found.dtype == torch.float32 and found.item() == 301
+
+
+@pytest.mark.parametrize("use", ["compiler", "checkpointing"])
+def test_compiled_and_recomputed_scales_learn_to_the_same_bits(monkeypatch, use):
+    results = []
+    for on in (False, True):
+        model = trained(add_adapters(small_llama(2, 8), 2, 16, scales=True))
+        monkeypatch.setattr(matmul, "USE_COMPILER", use == "compiler" and on)
+        model.model.checkpointing = use == "checkpointing" and on
+        for p in adapter_parameters(model).values():
+            p.grad = None
+        model(tokens(3, 2, 8)).square().sum().backward()
+        results.append([p.grad for p in adapter_parameters(model).values()])
+    assert same(*results)
 
 
 @given(BITS, *SHAPES, SEEDS, DTYPES)
