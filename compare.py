@@ -36,8 +36,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -49,35 +48,30 @@ from cli.errors import Parser, UserError, positive, run_command
 from cli.files import new_file, written_whole
 from cli.jobs import pool_of, run_and_keep
 from cli.measure import bits_per_weight
+from cli.plan import (
+    CHOOSING_SEED,
+    Job,
+    Study,
+    base_jobs,
+    choose,
+    deployed_rows,
+    main_jobs,
+    name_of,
+    next_rates,
+    order,
+    reported_jobs,
+    requantizations,
+    row_of,
+)
 from cli.runs import adamw
-from cli.subjects import Material, Real, Toy, real
+from cli.subjects import Material, Toy, real
 from evals import joined
-from llama import LINEARS, Llama
+from llama import Llama
 from merge import merge
 from qalora import adapter_parameters, add_adapters
 from quant import check_group_size, load_quantized, quantize_model, save_quantized
 from text.batches import Example
 from train import fine_tune
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """What all jobs of a comparison share; the results' file holds it as "settings"."""
-
-    subject: Toy | Real  # what the methods are compared on
-    bits: tuple[int, ...]  # descending
-    group_size: int  # inputs that share a scale and an offset
-    rank: int  # of all adapters
-    alpha: float
-    steps: int  # of fine-tuning
-    batch_size: int  # examples in a step
-    rates: tuple[float, ...]  # learning rates to begin with
-    ablations: tuple[dict, ...] = ()  # what changes in a Job, at the bits that each names
-
-    def describe(self) -> dict:
-        """All of it, fit for JSON."""
-        return {**dataclasses.asdict(self), "subject": self.subject.describe()}
-
 
 _DENSE = dict(
     vocab_size=512,
@@ -135,28 +129,9 @@ REAL = dict(  # of a real language model, whose subject comes from the command l
     steps=125,
     batch_size=8,
     rates=(5e-4, 1e-3, 2e-3),
-    ablations=(dict(bits=4, group_size=64), dict(bits=2, ranks=2)),
+    ablations=(dict(bits=4, group_size=64), dict(bits=2, ranks=2, method="QA-LoRA")),
 )
-CHOOSING_SEED = 0  # the learning rates are chosen here; seeds 1, 2, ... are reported
 FACTOR = 2**6  # learning rates are tried up to so many times the first ones, or a part of them
-
-
-class Job(NamedTuple):
-    """One fine-tuning, or none ("base"), and all that is deployed from it.
-
-    The requantizations of QLoRA share one adapter, unless they prefer other learning rates. The
-    defaults are those of the table's rows.
-    """
-
-    seed: int
-    method: str  # "base", "LoRA", "QLoRA", "QA-LoRA" or "QA-LoRA with scales"
-    lr: float = 0.0
-    bits: int = 0  # of QA-LoRA's base; the others' models are quantized afterwards, to all bits
-    group_size: int = 0  # likewise
-    search: bool = True  # of GPTQ's ranges
-    targets: tuple[str, ...] = LINEARS
-    share: float = 1.0  # of the fine-tuning examples
-    ranks: int = 1  # times the study's rank
 
 
 # ---- one job
@@ -207,9 +182,7 @@ def quantized_base(study: Study, job: Job, material: Material | None = None) -> 
 
 def prepare_base(study: Study, job: Job) -> None:
     """Makes the job's base where it is not there, so that no two jobs do at once."""
-    study.subject.prepare(job.seed)
-    if job.bits:
-        quantized_base(study, job)
+    quantized_base(study, job)
 
 
 def adapt(study: Study, job: Job, model: Llama, examples: list[Example]) -> dict[str, float]:
@@ -260,105 +233,7 @@ def requantized(model: Llama, job: Job, calibration: Tensor | None) -> Llama:
     return quantize_model(copy.deepcopy(model), job.bits, job.group_size, calibration, job.search)
 
 
-def requantizations(study: Study, job: Job, choosing: bool) -> list[Job]:
-    """The job as it is for every model that is quantized from a float one: method, bits and more.
-
-    A change of what is adapted or learned from has been trained for; it is deployed at its bits.
-    """
-    if job.method not in ("base", "QLoRA"):
-        return []
-    method = "GPTQ" if job.method == "base" else "QLoRA w/ GPTQ"
-    plain = job._replace(method=method, group_size=study.group_size)
-    if job.bits:
-        return [plain]
-    made = [plain._replace(bits=bits) for bits in study.bits]
-    if not choosing:
-        made += [plain._replace(**change) for change in study.ablations if not retrains(change)]
-    if job.method == "base":
-        made += [gptq._replace(method="RTN") for gptq in made if gptq.search]
-    return made
-
-
-def retrains(change: dict) -> bool:
-    """Whether an ablation needs another adapter, even where the base is quantized afterwards."""
-    return not change.keys().isdisjoint(("targets", "share", "ranks"))
-
-
-def row_of(study: Study, job: Job) -> str:
-    """A row's name: the method, and bits if quantized in groups; after a comma, what is ablated."""
-    in_groups = job.bits and job.method != "QLoRA"
-    name = f"{job.method} {job.bits} bits" if in_groups else job.method
-    if job.group_size not in (0, study.group_size):
-        name += f", groups of {job.group_size}"
-    if not job.search:
-        name += ", min-max ranges"
-    if job.targets != LINEARS:
-        name += ", attention only"
-    if job.share < 1:
-        name += f", 1/{round(1 / job.share)} of the examples"
-    if job.ranks == 2:
-        name += ", twice the rank"
-    return name
-
-
 # ---- all jobs
-
-
-def main_jobs(study: Study, seed: int) -> list[Job]:
-    """The fine-tunings of the table, without their learning rates."""
-    jobs = [Job(seed, "LoRA"), Job(seed, "QLoRA")]
-    for method in ("QA-LoRA", "QA-LoRA with scales"):
-        jobs += [Job(seed, method, 0.0, bits, study.group_size) for bits in study.bits]
-    return jobs
-
-
-def ablation_jobs(study: Study, seed: int) -> list[Job]:
-    """One change at a time. QLoRA's are trained only where that is not for the table already."""
-    jobs = []
-    for change in study.ablations:
-        for method in ("QA-LoRA", "QA-LoRA with scales"):
-            jobs.append(Job(seed, method, group_size=study.group_size)._replace(**change))
-        if retrains(change):
-            jobs.append(Job(seed, "QLoRA")._replace(**change))
-    return jobs
-
-
-def choose(rows: list[dict]) -> dict[str, float]:
-    """{row: learning rate} of the most merit on what is held back for choosing.
-
-    Raises UserError where none has any.
-    """
-    best = {}
-    for row in sorted((row for row in rows if row["merit"]), key=lambda row: row["merit"]):
-        best[row["row"]] = row["lr"]
-    lost = {row["row"] for row in rows} - best.keys()
-    if lost:
-        raise UserError(f"{', '.join(sorted(lost))}: all learning rates that were tried diverged")
-    return best
-
-
-def deployed_rows(study: Study, job: Job, choosing: bool = False) -> list[str]:
-    """The names of all rows that a job is deployed as, by default those that are reported."""
-    rows = [row_of(study, job)]
-    return rows + [row_of(study, made) for made in requantizations(study, job, choosing)]
-
-
-def rated(study: Study, job: Job, rates: dict[str, float]) -> list[tuple[Job, tuple[str, ...]]]:
-    """The job once for every learning rate that one of its rows has chosen, with those rows.
-
-    An ablation takes that of its plain row.
-    """
-    rows = {}
-    for name in deployed_rows(study, job):
-        rows.setdefault(rates.get(name.partition(",")[0], 0.0), []).append(name)
-    return [(job._replace(lr=lr), tuple(names)) for lr, names in sorted(rows.items())]
-
-
-def next_rates(tried: Iterable[float], best: Iterable[float]) -> list[float]:
-    """Half the least rate that was tried, or twice the greatest, where it was a best one."""
-    least, greatest = min(tried), max(tried)
-    more = [least / 2] if least in best else []
-    return more + ([2 * greatest] if greatest in best else [])
 
 
 def choose_rates(study: Study, run_all: Callable) -> tuple[dict[str, float], list[dict]]:
@@ -392,6 +267,7 @@ def compare(study: Study, seeds: list[int], workers: int, kept: pathlib.Path) ->
     """Runs everything that is not in the file `kept`; returns what the results' file holds."""
     with pool_of(workers) as pool:
         run_all = functools.partial(run_jobs, pool, study, kept)
+        list(pool.map(study.subject.prepare, [CHOOSING_SEED, *seeds]))
         bases = base_jobs(study, [CHOOSING_SEED, *seeds])
         list(pool.map(prepare_base, [study] * len(bases), bases))
         rates, validation = choose_rates(study, run_all)
@@ -408,34 +284,6 @@ def compare(study: Study, seeds: list[int], workers: int, kept: pathlib.Path) ->
     }
 
 
-def with_own_base(study: Study, seeds: list[int]) -> list[int]:
-    """The seeds whose base no seed before them has."""
-    first = {study.subject.folder(seed): seed for seed in reversed(seeds)}
-    return [seed for seed in seeds if seed in first.values()]
-
-
-def base_jobs(study: Study, seeds: list[int]) -> list[Job]:
-    """A job for everything that several jobs share and that takes long to make."""
-    jobs = []
-    for seed in with_own_base(study, seeds):
-        for job in main_jobs(study, seed) + ablation_jobs(study, seed):
-            bits = job.bits if job.method == "QA-LoRA" else 0
-            jobs.append(Job(seed, "base", 0.0, bits, job.group_size, job.search))
-    return list(dict.fromkeys(jobs))
-
-
-def reported_jobs(
-    study: Study, seeds: list[int], rates: dict[str, float]
-) -> list[tuple[Job, tuple[str, ...]]]:
-    """All jobs whose rows are reported, seed by seed, and which rows."""
-    jobs = []
-    for seed in seeds:
-        base = [Job(seed, "base")] if seed in with_own_base(study, seeds) else []
-        for job in (*base, *main_jobs(study, seed), *ablation_jobs(study, seed)):
-            jobs += rated(study, job, rates)
-    return jobs
-
-
 def run_jobs(
     pool: concurrent.futures.Executor, study: Study, kept: pathlib.Path, jobs: list[tuple]
 ) -> list[list[dict]]:
@@ -446,33 +294,13 @@ def run_jobs(
     return [done[name] for name in names]
 
 
-def name_of(study: Study, job: Job, rows: tuple[str, ...] | None) -> str:
-    """All that a job's result depends on, as JSON; not which others there are beside it."""
-    shared = study.describe()
-    del shared["rates"], shared["ablations"]
-    shared["subject"].pop("files", None)  # wherever they are
-    usual = Job(0, "")
-    chosen = {field: v for field, v in job._asdict().items() if v != getattr(usual, field)}
-    return json.dumps([shared, {"seed": job.seed, **chosen}, rows])
-
-
 def tell(progress: str, rows: list[dict]) -> None:
     """Prints what a job has measured."""
     for row in rows:
         scores = [f"{metric} {row[metric]:.4g}" for metric in METRICS if metric in row]
-        scores = scores or ["diverged"]
+        scores = [*scores, f"{row['seconds']:.0f} s of training"] if scores else ["diverged"]
         which = f"seed {row['seed']}, lr {row['lr']:g}, {row['row']}"
         print(f"[{progress}] {which}: {', '.join(scores)}", flush=True)
-
-
-def order(rows: list[dict]) -> Callable[[dict], tuple]:
-    """A sorting key: the table's rows, then the ablations, each in the order of its first row."""
-    names = list(dict.fromkeys(row["row"] for row in rows))
-
-    def key(row):
-        return "," in row["row"], names.index(row["row"]), row["seed"]
-
-    return key
 
 
 def study_of(args: argparse.Namespace) -> Study:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import compare
 import quant
-from cli import comparison, jobs, subjects
+from cli import comparison, jobs, plan, subjects
 from cli.errors import UserError, run_command
 from llama import Llama, LlamaConfig
 from text.toy import make_world
@@ -151,9 +151,9 @@ def test_the_chosen_rate_has_most_merit_and_none_that_diverged_is_chosen():
     ]
     rows = [dict(zip(("row", "lr", "merit"), values, strict=True)) for values in measured]
     for _ in range(5):
-        assert compare.choose(random.sample(rows, len(rows))) == {"a": 3, "b": 1}
+        assert plan.choose(random.sample(rows, len(rows))) == {"a": 3, "b": 1}
     with pytest.raises(UserError, match="^a: all learning rates that were tried diverged"):
-        compare.choose([*rows[:1], *rows[4:]])
+        plan.choose([*rows[:1], *rows[4:]])
 
 
 @given(st.lists(st.floats(), min_size=1, max_size=3))
@@ -268,24 +268,23 @@ def test_a_job_does_not_depend_on_the_others_beside_it():
     job = compare.Job(1, "QA-LoRA", 1e-3, 2, 8)
     fewer = dataclasses.replace(SMALL, ablations=(), rates=(1.0,))
     for rows in (None, ("a",)):
-        assert compare.name_of(SMALL, job, rows) == compare.name_of(fewer, job, rows)
+        assert plan.name_of(SMALL, job, rows) == plan.name_of(fewer, job, rows)
 
 
 def test_every_base_is_made_once_before_the_jobs_that_share_it():
-    toy = compare.base_jobs(SMALL, [0, 1])
+    toy = plan.base_jobs(SMALL, [0, 1])
     assert len(set(toy)) == len(toy)
-    quantized = {(job.seed, job.bits, job.group_size, job.search) for job in toy if job.bits}
+    quantized = {(job.seed, job.bits, job.group_size, job.search) for job in toy}
     wanted = {(3, 8, True), (2, 8, True), (2, 16, True), (2, 8, False)}
     assert quantized == {(seed, *base) for seed in (0, 1) for base in wanted}
-    assert {job.seed for job in toy if not job.bits} == {0, 1}
     digests = dict.fromkeys(("weights", "tokenizer", "data", "text", "choices"), "0" * 64)
     real = compare.Study(subjects.Real({}, digests, "float32"), **compare.REAL)
-    shared = compare.base_jobs(real, [0, 1, 2])
+    shared = plan.base_jobs(real, [0, 1, 2])
     assert {job.seed for job in shared} == {0}, "a real model is the same for all seeds"
     rates = dict.fromkeys(["LoRA", "QLoRA"], 0.1)
     for name in ("QLoRA w/ GPTQ", "QA-LoRA", "QA-LoRA with scales"):
         rates |= {f"{name} {bits} bits": 0.1 for bits in real.bits}
-    jobs = compare.reported_jobs(real, [1, 2], rates)
+    jobs = plan.reported_jobs(real, [1, 2], rates)
     bases = [rows for job, rows in jobs if job.method == "base"]
     assert len(bases) == 1 and {"base", "RTN 4 bits, groups of 64", "GPTQ 2 bits"} <= set(bases[0])
     names = [(job.seed, name) for job, rows in jobs for name in rows]
@@ -329,7 +328,7 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
     }
 
     def used(job):
-        return [rated.lr for rated, _ in compare.rated(SMALL, job, rates)]
+        return [rated.lr for rated, _ in plan.rated(SMALL, job, rates)]
 
     plain = {(job.method, job.bits): used(job) for job in compare.main_jobs(SMALL, 1)}
     assert plain == {
@@ -340,7 +339,7 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
         ("QA-LoRA with scales", 3): [0.7],
         ("QA-LoRA with scales", 2): [0.8],
     }
-    for job in compare.ablation_jobs(SMALL, 1):
+    for job in plan.ablation_jobs(SMALL, 1):
         # those of QLoRA are deployed as they are and at the bits of the ablation
         assert used(job) == ([0.2, 0.4] if job.method == "QLoRA" else plain[job.method, job.bits])
 
