@@ -128,7 +128,7 @@ REAL = dict(  # of a real language model, whose subject comes from the command l
     alpha=32.0,
     steps=125,
     batch_size=8,
-    rates=(5e-4, 1e-3, 2e-3),
+    rates=(2.5e-4, 5e-4, 1e-3),
     ablations=(dict(bits=4, group_size=64), dict(bits=2, ranks=2, method="QA-LoRA")),
 )
 FACTOR = 2**6  # learning rates are tried up to so many times the first ones, or a part of them
