@@ -48,11 +48,16 @@ class LoRALinear(nn.Module):
     def merged(self) -> nn.Linear:
         """An nn.Linear with the weight W + s * B @ A, in float32 where W was NF4."""
         weight = self.base.weight
-        with torch.device("meta"):
-            layer = nn.Linear(self.base.in_features, self.base.out_features, bias=False)
         merged = weight + self.scaling * self.lora_B @ self.lora_A
-        layer.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
-        return layer
+        return frozen_linear(merged.to(weight.dtype))
+
+
+def frozen_linear(w_OI: Tensor) -> nn.Linear:
+    """A layer without bias that holds the weight, which does not learn."""
+    with torch.device("meta"):
+        layer = nn.Linear(w_OI.shape[1], w_OI.shape[0], bias=False)
+    layer.weight = nn.Parameter(w_OI, requires_grad=False)
+    return layer
 
 
 def factors(

@@ -52,6 +52,7 @@ from cli.plan import (
     CHOOSING_SEED,
     Job,
     Study,
+    at_an_end,
     base_jobs,
     choose,
     deployed_rows,
@@ -239,6 +240,7 @@ def requantized(model: Llama, job: Job, calibration: Tensor | None) -> Llama:
 def choose_rates(study: Study, run_all: Callable) -> tuple[dict[str, float], list[dict]]:
     """({row: learning rate}, the rows that were tried), none at the end of what was tried."""
     jobs = main_jobs(study, CHOOSING_SEED)
+    low, high = min(study.rates) / FACTOR, max(study.rates) * FACTOR
     waiting = {job: list(study.rates) for job in jobs}
     rows = {job: [] for job in jobs}
     while waiting:
@@ -249,16 +251,12 @@ def choose_rates(study: Study, run_all: Callable) -> tuple[dict[str, float], lis
             rows[job._replace(lr=0.0)] += found
         waiting = {}
         for job in jobs:
-            tried = {row["lr"] for row in rows[job]}
-            more = next_rates(tried, choose(rows[job]).values())
-            more = [lr for lr in more if min(study.rates) / FACTOR < lr < max(study.rates) * FACTOR]
+            more = [lr for lr in next_rates(rows[job]) if low < lr < high]
             if more:
                 waiting[job] = more
     for job in jobs:
-        tried = {row["lr"] for row in rows[job]}
-        for name, lr in choose(rows[job]).items():
-            if lr in (min(tried), max(tried)):
-                print(f"{name}: the best learning rate, {lr:g}, is the last of those tried")
+        for name, lr in at_an_end(rows[job]).items():
+            print(f"{name}: the best learning rate, {lr:g}, is the last of those tried")
     found = joined(rows.values())
     return choose(found), found
 

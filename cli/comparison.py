@@ -112,9 +112,8 @@ def plot(path: pathlib.Path) -> None:
 
     metrics = metrics_of(rows)
     figure = Figure(figsize=(4.6 * len(metrics), 4.2))
-    for axes, metric in zip(
-        figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
-    ):
+    pictures = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(pictures, metrics, strict=True):
         draw(axes, rows, metric)
     with written_whole(path.with_suffix(".png")) as beside:
         figure.savefig(beside, format="png", dpi=150, bbox_inches="tight")

@@ -5,7 +5,7 @@ A job is one fine-tuning; a row is one deployed model. Nothing is computed here.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cli.errors import UserError
@@ -156,9 +156,9 @@ def reported_jobs(
     study: Study, seeds: list[int], rates: dict[str, float]
 ) -> list[tuple[Job, tuple[str, ...]]]:
     """All jobs whose rows are reported, seed by seed, and which rows."""
-    jobs = []
+    jobs, own_base = [], with_own_base(study, seeds)
     for seed in seeds:
-        base = [Job(seed, "base")] if seed in with_own_base(study, seeds) else []
+        base = [Job(seed, "base")] if seed in own_base else []
         for job in (*base, *main_jobs(study, seed), *ablation_jobs(study, seed)):
             jobs += rated(study, job, rates)
     return jobs
@@ -202,8 +202,14 @@ def rated(study: Study, job: Job, rates: dict[str, float]) -> list[tuple[Job, tu
     return [(job._replace(lr=lr), tuple(names)) for lr, names in sorted(rows.items())]
 
 
-def next_rates(tried: Iterable[float], best: Iterable[float]) -> list[float]:
+def at_an_end(rows: list[dict]) -> dict[str, float]:
+    """{row: learning rate} of those that chose the least or the greatest rate that was tried."""
+    tried = {row["lr"] for row in rows}
+    return {name: lr for name, lr in choose(rows).items() if lr in (min(tried), max(tried))}
+
+
+def next_rates(rows: list[dict]) -> list[float]:
     """Half the least rate that was tried, or twice the greatest, where it was a best one."""
-    least, greatest = min(tried), max(tried)
-    more = [least / 2] if least in best else []
-    return more + ([2 * greatest] if greatest in best else [])
+    tried, best = {row["lr"] for row in rows}, at_an_end(rows).values()
+    more = [min(tried) / 2] if min(tried) in best else []
+    return more + ([2 * max(tried)] if max(tried) in best else [])

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import evals
 import formats
-from baselines import NF4Linear
+from baselines import NF4Linear, frozen_linear
 from cli.errors import UserError
 from cli.machine import compute_dtype
 from cli.toy import pretrain, toy_calibration
@@ -157,11 +157,10 @@ class Real:
         tokenizer, model = formats.load_tokenizer(self.files["weights"]), self.float_model()
         context = model.config.max_position_embeddings
         calibration = calibration_windows(tuning, tokenizer, context, CALIBRATION_TOKENS)
-        judge = functools.partial(self.judge, tokenizer, test)
         if choosing:
-            judge = functools.partial(judge_choice, tokenizer, validation)
+            judge = functools.partial(judge_choice, encode(validation, tokenizer, MAX_LENGTH)[0])
         else:
-            tuning = tuning + validation
+            judge, tuning = self.judge_of(tokenizer, test, context), tuning + validation
         return Material(model, encode(tuning, tokenizer, MAX_LENGTH)[0], calibration, judge)
 
     def float_model(self) -> Llama:
@@ -169,21 +168,25 @@ class Real:
         model = in_float(formats.load_model(self.files["weights"]).float()).bfloat16()
         return model.to(getattr(torch, self.arithmetic))
 
-    def judge(self, tokenizer: Tokenizer, records: list[Record], model: Llama) -> dict:
-        """The metrics of a deployed model."""
-        model = in_float(copy.deepcopy(model))
+    def judge_of(self, tokenizer: Tokenizer, records: list[Record], context: int) -> Callable:
+        """The function that judges a job's deployed models; all files are read here, once."""
         examples = encode(records, tokenizer, MAX_LENGTH)[0]
-        matches = evals.greedy_matches(model, encode(closed(records), tokenizer, MAX_LENGTH)[0])
+        comparable = encode(closed(records), tokenizer, MAX_LENGTH)[0]
         tokens = tokenizer.encode_prompt(read_text(self.files["text"]))[: PERPLEXITY_TOKENS + 1]
-        window = min(WINDOW, model.config.max_position_embeddings)
         choices = read_json_lines(self.files["choices"], check_choices)
-        chosen = evals.multiple_choice(model, tokenizer, choices, 64)
-        return {
-            "loss": evals.response_loss(model, examples),
-            "exact_match": sum(matches) / len(matches),
-            "perplexity": evals.perplexity(model, tokens, window),
-            "multiple_choice": chosen["normalized"],
-        }
+
+        def judge(model):
+            model = in_float(copy.deepcopy(model))
+            matches = evals.greedy_matches(model, comparable)
+            chosen = evals.multiple_choice(model, tokenizer, choices, 64)
+            return {
+                "loss": evals.response_loss(model, examples),
+                "exact_match": sum(matches) / len(matches),
+                "perplexity": evals.perplexity(model, tokens, min(WINDOW, context)),
+                "multiple_choice": chosen["normalized"],
+            }
+
+        return judge
 
     def describe(self) -> dict:
         """What tells one from another, wherever its files are."""
@@ -230,9 +233,8 @@ def closed(records: list[Record]) -> list[Record]:
     return [record for record in records if not record[-2].text.startswith(OPEN)]
 
 
-def judge_choice(tokenizer: Tokenizer, records: list[Record], model: Llama) -> dict:
-    """The loss on the records to choose by."""
-    examples = encode(records, tokenizer, MAX_LENGTH)[0]
+def judge_choice(examples: list[Example], model: Llama) -> dict:
+    """The loss on the examples to choose by."""
     loss = evals.response_loss(in_float(copy.deepcopy(model)), examples)
     return {"loss": loss, "merit": merit(-loss)}
 
@@ -241,8 +243,5 @@ def in_float(model: Llama) -> Llama:
     """Replaces packed linear layers by dense ones that compute the same, in place."""
     packed, dtype = (QuantLinear, NF4Linear), model.model.embed_tokens.weight.dtype
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, packed)]:
-        with torch.device("meta"):
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-        dense.weight = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
-        model.set_submodule(name, dense)
+        model.set_submodule(name, frozen_linear(layer.dequantize().to(dtype)))
     return model

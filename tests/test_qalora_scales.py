@@ -1,21 +1,29 @@
 """QALoRALinear with scales: these learn too, and a merged layer still returns the same bits."""
 
-import contextlib
 import copy
 import json
 import math
-import runpy
-from unittest import mock
 
 import pytest
 import torch
-from helpers import BITS, SEEDS, integers, linears, quantized_llama, random_quantized, same
+from helpers import (
+    BITS,
+    SEEDS,
+    codes_of,
+    integers,
+    linears,
+    quantized_llama,
+    random_quantized,
+    run_in_process,
+    same,
+)
 from helpers_merge import SMALL, tokens, trained
 from helpers_merge import quantized_llama as small_llama
 from helpers_runs import options, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import export
 import formats
 from formats.adapter import load_adapter, save_adapter
 from kernels import matmul
@@ -52,7 +60,7 @@ def test_scales_move_by_a_low_rank_factor_and_offsets_as_without(
     a, b, scale_a, scale_b, x_ = exact
     scale = layer.base.scale.double() * (1 + scale_b @ scale_a)
     offset = layer.base.offset.double() + b @ a
-    codes = unpack(layer.base.packed, bits, groups * group_size).double()
+    codes = codes_of(layer.base).double()
     w = scale[..., None] * codes.view(rows, groups, -1) + offset[..., None]
     expected = x_ @ w.flatten(1).t()
     expected.backward(grad.double())
@@ -210,7 +218,9 @@ def test_a_saved_adapter_comes_back_with_its_scales(tmp_path_factory, rank, scal
 
 
 @pytest.mark.parametrize("kind", ["gguf", "mlx"])
-def test_a_run_that_adapts_scales_is_resumed_merged_and_exported(world, tmp_path, kind):
+def test_a_run_that_adapts_scales_is_resumed_merged_and_exported(
+    world, tmp_path, monkeypatch, capsys, kind
+):
     """The same bits as without an interruption; the codes of the base; what is exported loads."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     words = dict(adapt="scales", group_size=32, lr=0.01)
@@ -229,19 +239,12 @@ def test_a_run_that_adapts_scales_is_resumed_merged_and_exported(world, tmp_path
     assert moved == len(linears(base))
     pytest.importorskip("gguf", reason="needs gguf: pip install gguf")
     out = tmp_path / ("tuned.gguf" if kind == "gguf" else "tuned")
-    with (
-        contextlib.chdir(tmp_path),
-        mock.patch("sys.argv", ["export.py", str(whole), "--out", str(out)]),
-    ):
-        runpy.run_module("export", run_name="__main__")
+    assert run_in_process(monkeypatch, capsys, export.main, whole, "--out", out)[0] == 0
     for (name, layer), ours in zip(
         linears(formats.load_model(out)).items(), linears(merged).values(), strict=True
     ):
         assert torch.equal(layer.scale.float(), ours.scale.float()), name
-        assert torch.equal(
-            unpack(layer.packed, layer.bits, layer.in_features),
-            unpack(ours.packed, ours.bits, ours.in_features),
-        )
+        assert torch.equal(codes_of(layer), codes_of(ours)), name
     assert math.isfinite(formats.load_model(out)(torch.tensor([[1, 2, 3]])).sum())
 
 
