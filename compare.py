@@ -35,6 +35,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import signal
 import time
 from collections.abc import Callable, Iterator
 
@@ -46,7 +47,7 @@ from baselines import quantize_model_nf4
 from cli.comparison import METRICS, differences, plot, table
 from cli.errors import Parser, UserError, positive, run_command
 from cli.files import new_file, written_whole
-from cli.jobs import pool_of, run_and_keep
+from cli.jobs import call_all, pool_of, run_and_keep
 from cli.measure import bits_per_weight
 from cli.plan import (
     CHOOSING_SEED,
@@ -65,6 +66,7 @@ from cli.plan import (
     row_of,
 )
 from cli.runs import adamw
+from cli.settings import fetched
 from cli.subjects import Material, Toy, real
 from evals import joined
 from llama import Llama
@@ -132,6 +134,7 @@ REAL = dict(  # of a real language model, whose subject comes from the command l
     rates=(2.5e-4, 5e-4, 1e-3),
     ablations=(dict(bits=4, group_size=64), dict(bits=2, ranks=2, method="QA-LoRA")),
 )
+REAL_FILES = ("weights", "data", "text", "choices")
 FACTOR = 2**6  # learning rates are tried up to so many times the first ones, or a part of them
 
 
@@ -141,8 +144,8 @@ FACTOR = 2**6  # learning rates are tried up to so many times the first ones, or
 def run(study: Study, job: Job, rows: tuple[str, ...] | None) -> list[dict]:
     """Runs a job; returns a dict for every model deployed from it: row, job and measurements.
 
-    rows: the names of those to deploy; None while choosing, which is all of the table's. A rate
-    that diverges has no merit then.
+    rows: the names of those to deploy; None while choosing, which is all of the table's. Of
+    training that diverges they say so, and nothing else.
     """
     choosing = rows is None
     material = study.subject.material(job.seed, choosing)
@@ -157,10 +160,8 @@ def run(study: Study, job: Job, rows: tuple[str, ...] | None) -> list[dict]:
         try:
             fitted = adapt(study, job, model, used)
         except FloatingPointError:
-            if not choosing:
-                raise
-            lost = {**job._asdict(), "merit": None}
-            return [{"row": name, **lost} for name in deployed_rows(study, job, choosing)]
+            names = rows or deployed_rows(study, job, choosing)
+            return [{"row": name, **job._asdict(), "diverged": True} for name in names]
     measured = []
     for name, make in deployments(study, job, model, material, choosing):
         if choosing or name in rows:
@@ -178,7 +179,10 @@ def quantized_base(study: Study, job: Job, material: Material | None = None) -> 
     if not (folder / "config.json").exists():
         material = material or study.subject.material(job.seed, choosing=True)
         save_quantized(requantized(material.model, job, material.calibration), folder)
-    return load_quantized(folder)
+    try:
+        return load_quantized(folder)
+    except UserError as e:
+        raise UserError(f"{e}; or remove {folder}, and it is made again") from None
 
 
 def prepare_base(study: Study, job: Job) -> None:
@@ -265,9 +269,9 @@ def compare(study: Study, seeds: list[int], workers: int, kept: pathlib.Path) ->
     """Runs everything that is not in the file `kept`; returns what the results' file holds."""
     with pool_of(workers) as pool:
         run_all = functools.partial(run_jobs, pool, study, kept)
-        list(pool.map(study.subject.prepare, [CHOOSING_SEED, *seeds]))
-        bases = base_jobs(study, [CHOOSING_SEED, *seeds])
-        list(pool.map(prepare_base, [study] * len(bases), bases))
+        all_seeds = [CHOOSING_SEED, *seeds]
+        call_all(pool, study.subject.prepare, [(seed,) for seed in all_seeds])
+        call_all(pool, prepare_base, [(study, job) for job in base_jobs(study, all_seeds)])
         rates, validation = choose_rates(study, run_all)
         print("learning rates:", json.dumps(rates), flush=True)
         rows = joined(run_all(reported_jobs(study, seeds, rates)))
@@ -295,44 +299,68 @@ def run_jobs(
 def tell(progress: str, rows: list[dict]) -> None:
     """Prints what a job has measured."""
     for row in rows:
-        scores = [f"{metric} {row[metric]:.4g}" for metric in METRICS if metric in row]
-        scores = [*scores, f"{row['seconds']:.0f} s of training"] if scores else ["diverged"]
+        scores = ["diverged"]
+        if not row.get("diverged"):
+            scores = [f"{metric} {row[metric]:.4g}" for metric in METRICS if metric in row]
+            scores.append(f"{row['seconds']:.0f} s of training")
         which = f"seed {row['seed']}, lr {row['lr']:g}, {row['row']}"
         print(f"[{progress}] {which}: {', '.join(scores)}", flush=True)
 
 
 def study_of(args: argparse.Namespace) -> Study:
     """The study that the command line asks for."""
-    files = [args.weights, args.data, args.text, args.choices]
-    if not any(files):
+    files = {name: getattr(args, name) for name in REAL_FILES}
+    if not any(files.values()):
         return QUICK if args.quick else FULL
-    if args.quick or not all(files):
+    if args.quick or not all(files.values()):
         raise UserError(
             "a real language model needs --weights, --data, --text and --choices, and no --quick"
         )
-    study = Study(subject=real(*files), **REAL)
-    config = formats.read_config(args.weights)
-    for change in ({}, *study.ablations):
-        check_group_size(config, change.get("group_size", study.group_size))
-    if formats.quantization_of(args.weights):
-        print(
-            f"{args.weights} is quantized; what it dequantizes to, in bfloat16, is the float model"
+    files |= fetched(files)
+    study = Study(subject=real(**files), **REAL)
+    weights = files["weights"]
+    if formats.quantization_of(weights):
+        print(f"{weights} is quantized; what it dequantizes to, in bfloat16, is the float model")
+    ablations = [c for c in study.ablations if fits(weights, c.get("group_size", study.group_size))]
+    if not fits(weights, study.group_size):
+        raise UserError(
+            f"{weights}: groups of {study.group_size}, which are compared here, do not divide all "
+            "of its layers; choose another model"
         )
-    return study
+    if len(ablations) < len(study.ablations):
+        print(f"{weights}: not all groups of the ablations divide its layers; those are left out")
+    return dataclasses.replace(study, ablations=tuple(ablations))
+
+
+def fits(weights: str, group_size: int) -> bool:
+    """Whether all layers of a model can be quantized in groups of this size."""
+    try:
+        check_group_size(formats.read_config(weights), group_size)
+    except UserError:
+        return False
+    return True
+
+
+def check_out(out: pathlib.Path, args: argparse.Namespace) -> None:
+    """Raises UserError where the results would replace what the comparison reads."""
+    for name in REAL_FILES:
+        file = getattr(args, name)
+        if file and pathlib.Path(file).resolve() == out.resolve():
+            raise UserError(f"--out {out} is what --{name} reads; name another file")
 
 
 def main() -> None:
     """Runs the command line."""
     parser = Parser(prog="compare.py", description=__doc__)
     add = parser.add_argument
-    add("--weights", help="a real language model: a folder or a file, as for train.py")
-    add("--data", help="with it: records to fine-tune on; the last 100 are the test")
-    add("--text", help="and a text whose perplexity is taken")
+    add("--weights", help="a real language model, as for train.py")
+    add("--data", help="with it: 300 or more records, as for train.py; the last 100 are the test")
+    add("--text", help="and a text; the perplexity of its first 32,768 tokens is taken")
     add("--choices", help="and lines of question, choices, answer, as for evals.py")
     add("--seeds", type=positive(int), help="how many seeds are reported (3; with --quick 1)")
     add("--quick", action="store_true", help="about 3 minutes on 2 cores")
     add("--workers", type=positive(int), default=2, help="processes at a time (2)")
-    add("--out", type=new_file, help="the results' file (runs/compare.json)")
+    add("--out", type=new_file, help="the results' file (runs/compare, -quick or -real, .json)")
     add("--plot", type=pathlib.Path, metavar="FILE", help="only print and draw a results' file")
     args = parser.parse_args()
     if args.plot:
@@ -341,11 +369,14 @@ def main() -> None:
             parser.error("--plot draws a file that is there; the other options would make another")
         plot(args.plot)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that workers end
+    if args.out:
+        check_out(args.out, args)
     study = study_of(args)
     quick = "-quick" if args.quick else ""
     out = args.out or new_file(f"runs/compare{'-real' if args.weights else quick}.json")
+    kept = new_file(f"{out}.jobs")
     seeds = args.seeds or (1 if args.quick else 3)
-    kept = out.with_name(f"{out.name}.jobs")
     results = compare(study, list(range(1, 1 + seeds)), args.workers, kept)
     with written_whole(out) as beside:
         beside.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """The results of compare.py as text and as a figure: means over the seeds, and differences."""
 
+import math
 import pathlib
 import re
 import statistics
@@ -18,12 +19,17 @@ MEASURED = ("trainable", "bits_per_weight", "seconds")
 METHODS = ("LoRA", "QLoRA", "QLoRA w/ GPTQ", "QA-LoRA", "QA-LoRA with scales")  # lines in a figure
 
 
+def judged(rows: list[dict]) -> list[dict]:
+    """The rows of models whose training did not diverge."""
+    return [row for row in rows if not row.get("diverged")]
+
+
 def metrics_of(rows: list[dict]) -> list[str]:
     """Those that all rows have."""
     return [metric for metric in METRICS if all(metric in row for row in rows)]
 
 
-def summary(rows: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
+def summary(rows: list[dict]) -> dict[str, dict[str, tuple[float, float | None]]]:
     """{row: {metric: (mean, standard deviation over the seeds)}} in the order of the rows."""
     found, measured = {}, (*metrics_of(rows), *MEASURED)
     for name in dict.fromkeys(row["row"] for row in rows):
@@ -32,28 +38,35 @@ def summary(rows: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
     return found
 
 
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation; the latter is 0 for a single value."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.mean(values), spread
+def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation; a single value has none, and infinity none that is a number."""
+    if len(values) == 1:
+        return values[0], None
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values), math.nan
+    return statistics.fmean(values), statistics.stdev(values)
 
 
 def table(rows: list[dict]) -> str:
     """The summary as text; exact match and multiple choice in percent."""
-    metrics = metrics_of(rows)
+    metrics = metrics_of(judged(rows))
     headings = "".join(f"{METRICS[metric][0]:>17}" for metric in metrics)
     lines = [f"{'':48}{headings}  trainable  bits/weight  seconds"]
-    for name, measured in summary(rows).items():
+    for name, measured in summary(judged(rows)).items():
         scores = "".join(f"{in_words(metric, *measured[metric]):>17}" for metric in metrics)
         trainable, bits, seconds = (measured[m][0] for m in MEASURED)
         lines.append(f"{name:48}{scores}{trainable:11.0f}{bits:13.2f}{seconds:9.0f}")
+    for row in rows:
+        if row.get("diverged"):
+            lines.append(f"{row['row']} diverged on seed {row['seed']}, and is not in its means")
     return "\n".join(lines)
 
 
-def in_words(metric: str, mean: float, spread: float, sign: str = "") -> str:
+def in_words(metric: str, mean: float, spread: float | None, sign: str = "") -> str:
     """Such as `97.5 ± 0.4`."""
     _, factor, digits = METRICS[metric]
-    return f"{factor * mean:{sign}.{digits}f} ± {factor * spread:.{digits}f}"
+    around = "" if spread is None else f" ± {factor * spread:.{digits}f}"
+    return f"{factor * mean:{sign}.{digits}f}{around}"
 
 
 def differences(rows: list[dict]) -> str:
@@ -61,14 +74,15 @@ def differences(rows: list[dict]) -> str:
 
     Only models over the same base are compared, as bases differ more than methods do.
     """
+    rows = judged(rows)
     by_name = {(row["row"], row["seed"]): row for row in rows}
     names, metrics = list(dict.fromkeys(row["row"] for row in rows)), metrics_of(rows)
     lines = []
     for name in names:
         for against in opponents(name):
-            if against not in names:
+            seeds = [s for row, s in by_name if row == name and (against, s) in by_name]
+            if not seeds:
                 continue
-            seeds = [seed for row, seed in by_name if row == name]
             gains = []
             for metric in metrics:
                 gain = [by_name[name, s][metric] - by_name[against, s][metric] for s in seeds]
@@ -82,7 +96,7 @@ def opponents(name: str) -> list[str]:
     """The rows that a row is compared with: the same unablated, and other methods' like it."""
     if name.startswith(("GPTQ", "RTN")):
         return []
-    method, at_bits = re.fullmatch(r"(.*?)( [234] bits.*|,.*|)", name).groups()
+    method, at_bits = re.fullmatch(r"(?s)(.*?)( [234] bits.*|,.*|)", name).groups()
     others = {"QA-LoRA": ["QLoRA w/ GPTQ"], "QA-LoRA with scales": ["QA-LoRA", "QLoRA w/ GPTQ"]}
     found = [other + at_bits for other in others.get(method, [])]
     plain = name.partition(",")[0]
@@ -91,13 +105,23 @@ def opponents(name: str) -> list[str]:
 
 def read_rows(path: pathlib.Path) -> list[dict]:
     """The rows in a results' file; UserError if it holds anything else."""
+    if not path.exists():
+        raise UserError(f"there is no {path}; give a results' file of compare.py, its --out")
     rows = read_json(path).get("rows")
-    needed = {"row", "seed", "exact_match", *MEASURED}
-    is_ours = isinstance(rows, list) and len(rows) > 0
-    is_ours = is_ours and all(isinstance(row, dict) and needed <= row.keys() for row in rows)
-    if not is_ours:
+    if not (isinstance(rows, list) and rows and all(map(is_row, rows))):
         raise UserError(f"{path} holds no results of compare.py")
     return rows
+
+
+def is_row(row: Any) -> bool:
+    """Whether `row` is what compare.py has measured of a model."""
+    if not (isinstance(row, dict) and isinstance(row.get("row"), str)):
+        return False
+    numbers = [row.get("seed")]
+    if not row.get("diverged"):
+        present = [metric for metric in METRICS if metric in row]
+        numbers += [row.get(m) for m in ("exact_match", *MEASURED, *present)]
+    return all(isinstance(number, int | float) for number in numbers)
 
 
 def plot(path: pathlib.Path) -> None:
@@ -108,15 +132,25 @@ def plot(path: pathlib.Path) -> None:
     rows = read_rows(path)
     print(table(rows) + "\n\n" + differences(rows))
     require_matplotlib()
+    rows = judged(rows)
+    if not any(row["row"] == "LoRA" for row in rows):
+        raise UserError(f"{path} has no LoRA, beside which the figure would show the others")
+    drawing = path.with_suffix(".png")
+    with written_whole(drawing) as beside:
+        picture(rows).savefig(beside, format="png", dpi=150)
+    print(f"\ndrawn in {drawing}")
+
+
+def picture(rows: list[dict]) -> Any:
+    """A figure of matplotlib: every metric, as differences from LoRA on the same base."""
     from matplotlib.figure import Figure  # optional
 
     metrics = metrics_of(rows)
-    figure = Figure(figsize=(4.6 * len(metrics), 4.2))
-    pictures = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for axes, metric in zip(pictures, metrics, strict=True):
+    figure = Figure(figsize=(4.6 * len(metrics), 4.2), layout="constrained")
+    places = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(places, metrics, strict=True):
         draw(axes, rows, metric)
-    with written_whole(path.with_suffix(".png")) as beside:
-        figure.savefig(beside, format="png", dpi=150, bbox_inches="tight")
+    return figure
 
 
 def draw(axes: Any, rows: list[dict], metric: str) -> None:
@@ -126,14 +160,15 @@ def draw(axes: Any, rows: list[dict], metric: str) -> None:
     points = {method: {} for method in METHODS}
     for row in rows:
         method = re.sub(r" [234] bits$", "", row["row"])
-        if method in points:
+        if method in points and row["seed"] in lora:
             found = points[method].setdefault(row["bits_per_weight"], [])
             found.append(factor * (row[metric] - lora[row["seed"]]))
     for method, found in points.items():
         bits = sorted(found)
         if bits:
             mean, spread = zip(*(mean_and_spread(found[b]) for b in bits), strict=True)
-            axes.errorbar(bits, mean, spread, marker="o", capsize=3, label=method)
+            bars = [s or 0.0 for s in spread]
+            axes.errorbar(bits, mean, bars, marker="o", capsize=3, label=method)
     unit = ", points" if factor == 100 else ""
     axes.set(xscale="log", xlabel="bits per weight of the deployed model")
     axes.set(ylabel=f"{heading}{unit}, less LoRA's")

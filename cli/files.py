@@ -24,7 +24,7 @@ def written_whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     named = path
     path = pathlib.Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    beside = _beside(path)
     remove(beside)
     try:
         yield beside
@@ -48,6 +48,10 @@ def written_whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         raise
     finally:
         remove(beside)
+
+
+def _beside(path):
+    return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
 
 
 def _let_others_read(file):  # as the umask allows; safetensors keeps its files from all others
@@ -80,7 +84,11 @@ def new_file(text: str) -> pathlib.Path:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the file to write, such as {path / 'NAME'}")
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is a device or the like; name a file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            _beside(path).stat()  # fails where this name is too long
         with tempfile.TemporaryFile(dir=path.parent):
             return path
     except OSError as e:

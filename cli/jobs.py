@@ -6,32 +6,67 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
+
+from cli.errors import UserError
 
 
 @contextlib.contextmanager
 def pool_of(workers: int) -> Iterator[concurrent.futures.Executor]:
-    """A pool of processes. An exception, such as Ctrl-C, ends them at once, with what is queued."""
+    """A pool of processes. An exception, such as Ctrl-C, ends them at once, with what is queued.
+
+    Raises UserError when one of them is killed.
+    """
     context = multiprocessing.get_context("spawn")
     executor = concurrent.futures.ProcessPoolExecutor
     with executor(workers, context, initializer=prepare_worker) as pool:
+        start_deaf_to_ctrl_c(pool, workers)
         try:
             yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException as e:
             for process in multiprocessing.active_children():
                 process.terminate()
-            raise
+            if not isinstance(e, BrokenProcessPool):
+                raise
+            raise UserError(
+                "a process was killed, as the system does when memory runs out; lower --workers, "
+                "and the same command goes on"
+            ) from None
+
+
+def start_deaf_to_ctrl_c(pool: concurrent.futures.Executor, workers: int) -> None:
+    """Starts all processes. Ctrl-C reaches them as well, and would end each in a traceback."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit
+    for _ in range(workers):
+        pool.submit(os.getpid)
+    signal.signal(signal.SIGINT, before)
 
 
 def prepare_worker() -> None:
     """One thread, as matrices are small; no progress bars, as two would overwrite each other."""
     torch.set_num_threads(1)
     sys.stderr = pathlib.Path(os.devnull).open("w")  # noqa: SIM115, open to the end
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, however that came about."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def call_all(pool: concurrent.futures.Executor, function: Callable, calls: Iterable) -> None:
+    """function(*arguments) for all arguments in `calls`, in the pool."""
+    # Not pool.map, which cancels the rest on an error: Python 3.11's pool does not survive that
+    for future in [pool.submit(function, *arguments) for arguments in calls]:
+        future.result()
 
 
 def run_and_keep(
@@ -62,10 +97,11 @@ def run_and_keep(
 
 
 def read_kept(path: pathlib.Path) -> dict[str, list]:
-    """{name: result}. A line that a process was killed while writing does not count."""
+    """{name: result}. A line that is not whole, as its process was killed, does not count."""
     done = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            name, result = json.loads(line)
-            done[name] = result
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            match json.loads(line):
+                case [str(name), list(result)]:
+                    done[name] = result
     return done

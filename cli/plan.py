@@ -182,13 +182,24 @@ def choose(rows: list[dict]) -> dict[str, float]:
 
     Raises UserError where none has any.
     """
-    best = {}
-    for row in sorted((row for row in rows if row["merit"]), key=lambda row: row["merit"]):
-        best[row["row"]] = row["lr"]
-    lost = {row["row"] for row in rows} - best.keys()
+    best = best_rates(rows)
+    lost = [name for name in dict.fromkeys(row["row"] for row in rows) if name not in best]
     if lost:
-        raise UserError(f"{', '.join(sorted(lost))}: all learning rates that were tried diverged")
+        least = min(row["lr"] for row in rows)
+        raise UserError(
+            f"{', '.join(lost)}: all learning rates that were tried diverged, down to {least:g}; "
+            "look for what is unusual in the model or the records"
+        )
     return best
+
+
+def best_rates(rows: list[dict]) -> dict[str, float]:
+    """As `choose`, without the rows of which no rate has any merit."""
+    best = {}
+    for row in rows:
+        if row.get("merit") and row["merit"] >= best.get(row["row"], row)["merit"]:
+            best[row["row"]] = row
+    return {name: row["lr"] for name, row in best.items()}
 
 
 def rated(study: Study, job: Job, rates: dict[str, float]) -> list[tuple[Job, tuple[str, ...]]]:
@@ -205,11 +216,15 @@ def rated(study: Study, job: Job, rates: dict[str, float]) -> list[tuple[Job, tu
 def at_an_end(rows: list[dict]) -> dict[str, float]:
     """{row: learning rate} of those that chose the least or the greatest rate that was tried."""
     tried = {row["lr"] for row in rows}
-    return {name: lr for name, lr in choose(rows).items() if lr in (min(tried), max(tried))}
+    return {name: lr for name, lr in best_rates(rows).items() if lr in (min(tried), max(tried))}
 
 
 def next_rates(rows: list[dict]) -> list[float]:
-    """Half the least rate that was tried, or twice the greatest, where it was a best one."""
+    """Half the least rate that was tried, or twice the greatest, where it was a best one.
+
+    Also half the least where some row diverged at all.
+    """
     tried, best = {row["lr"] for row in rows}, at_an_end(rows).values()
-    more = [min(tried) / 2] if min(tried) in best else []
+    lost = {row["row"] for row in rows} - best_rates(rows).keys()
+    more = [min(tried) / 2] if lost or min(tried) in best else []
     return more + ([2 * max(tried)] if max(tried) in best else [])

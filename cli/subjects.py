@@ -17,6 +17,7 @@ import functools
 import hashlib
 import math
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -152,16 +153,28 @@ class Real:
         """Nothing: the model is there."""
 
     def material(self, seed: int, choosing: bool) -> Material:
-        """While choosing, 100 examples fewer; GPTQ is calibrated on those of both."""
+        """While choosing, 100 examples fewer; GPTQ is calibrated on those of both.
+
+        Raises UserError when a file has changed: a comparison takes hours, and every job reads.
+        """
+        self.check_unchanged()
         tuning, validation, test = cut(read_records(self.files["data"]).records)
         tokenizer, model = formats.load_tokenizer(self.files["weights"]), self.float_model()
         context = model.config.max_position_embeddings
         calibration = calibration_windows(tuning, tokenizer, context, CALIBRATION_TOKENS)
+        length = min(MAX_LENGTH, context)
         if choosing:
-            judge = functools.partial(judge_choice, encode(validation, tokenizer, MAX_LENGTH)[0])
+            judge = functools.partial(judge_choice, encode(validation, tokenizer, length)[0])
         else:
             judge, tuning = self.judge_of(tokenizer, test, context), tuning + validation
-        return Material(model, encode(tuning, tokenizer, MAX_LENGTH)[0], calibration, judge)
+        return Material(model, encode(tuning, tokenizer, length)[0], calibration, judge)
+
+    def check_unchanged(self) -> None:
+        """Raises UserError when a file is not what it was at the start."""
+        for what, digest in digests_of(self.files).items():
+            if digest != self.digests[what]:
+                path = self.files.get(what, self.files["weights"])  # the tokenizer comes with them
+                raise UserError(f"{path} has changed since the comparison began; begin it again")
 
     def float_model(self) -> Llama:
         """The model with weights of 16 bits, in the dtype of `arithmetic`."""
@@ -170,14 +183,15 @@ class Real:
 
     def judge_of(self, tokenizer: Tokenizer, records: list[Record], context: int) -> Callable:
         """The function that judges a job's deployed models; all files are read here, once."""
-        examples = encode(records, tokenizer, MAX_LENGTH)[0]
-        comparable = encode(closed(records), tokenizer, MAX_LENGTH)[0]
+        length = min(MAX_LENGTH, context)
+        examples = encode(records, tokenizer, length)[0]
+        with_one_answer = comparable(records, tokenizer, length)
         tokens = tokenizer.encode_prompt(read_text(self.files["text"]))[: PERPLEXITY_TOKENS + 1]
         choices = read_json_lines(self.files["choices"], check_choices)
 
         def judge(model):
             model = in_float(copy.deepcopy(model))
-            matches = evals.greedy_matches(model, comparable)
+            matches = evals.greedy_matches(model, with_one_answer)
             chosen = evals.multiple_choice(model, tokenizer, choices, 64)
             return {
                 "loss": evals.response_loss(model, examples),
@@ -196,26 +210,76 @@ class Real:
 
 
 def real(weights: str, data: str, text: str, choices: str) -> Real:
-    """The subject in these files; UserError where one cannot serve."""
+    """The subject in these files; prints what of them is cut. UserError where one cannot serve."""
     found = read_records(data)
     if found.form == "text" or len(found.records) < 3 * HELD_OUT:
         have = f"is {found.form}" if found.form == "text" else f"has {len(found.records)} records"
         raise UserError(f"{data} {have}; give {3 * HELD_OUT} or more questions with answers")
-    if not closed(cut(found.records)[2]):
-        raise UserError(f"{data}: none of its last {HELD_OUT} questions has one right answer")
-    if not read_text(text).strip():
-        raise UserError(f"{text} is empty; give a file with text in it")
-    read_json_lines(choices, check_choices)
+    if found.left_out:
+        first = found.first_left_out
+        print(f"{data}: {found.left_out} records without an answer left out (the first: {first})")
     formats.check(weights)
-    tokenizer = formats.load_tokenizer(weights)
-    tokenizer.check_fits(formats.read_config(weights).vocab_size, weights)
+    config, tokenizer = formats.read_config(weights), formats.load_tokenizer(weights)
+    tokenizer.check_fits(config.vocab_size, weights)
+    context = config.max_position_embeddings
+    check_examples(data, found.records, tokenizer, min(MAX_LENGTH, context))
+    check_text(text, tokenizer)
+    check_questions(choices, tokenizer, context)
     files = {"weights": weights, "data": data, "text": text, "choices": choices}
+    dtype = compute_dtype(torch.bfloat16, "cpu")
+    return Real(files, digests_of(files), str(dtype).removeprefix("torch."))
+
+
+def check_examples(path: str, records: list[Record], tokenizer: Tokenizer, length: int) -> None:
+    """Prints how many records are cut; UserError where too few have an answer within `length`."""
+    purposes = ("to tune on", "to choose learning rates by", "of the test")
+    for purpose, part in zip(purposes, cut(records), strict=True):
+        examples, truncated = encode(part, tokenizer, length)
+        of_them = f"{len(part)} records {purpose}"
+        if 2 * len(examples) < len(part):
+            raise UserError(
+                f"{path}: only {len(examples)} of the {of_them} have an answer within {length} "
+                "tokens; give shorter ones"
+            )
+        if truncated:
+            too_long = f"{truncated} are longer than {length} tokens and cut"
+            print(f"{path}: of the {of_them}, {too_long}, {len(part) - len(examples)} left out")
+    if not comparable(cut(records)[2], tokenizer, length):
+        raise UserError(
+            f"{path}: of its last {HELD_OUT} questions, exact match is taken of those that fit "
+            f"into {length} tokens and do not begin with {', '.join(OPEN)}; there are none"
+        )
+
+
+def check_text(path: str, tokenizer: Tokenizer) -> None:
+    """Says where a text is short; UserError where there is none."""
+    text = read_text(path)
+    count = len(tokenizer.encode_prompt(text)) - 1
+    if not text.strip() or count < 1:
+        raise UserError(f"{path} is empty; give a file with text in it")
+    if count < PERPLEXITY_TOKENS:
+        print(f"{path} is short: the perplexity is that of {count:,} tokens")
+
+
+def check_questions(path: str, tokenizer: Tokenizer, context: int) -> None:
+    """Raises UserError for a file that holds no questions, or choices longer than the context."""
+    items = read_json_lines(path, check_choices)
+    for number, (question, choices, _) in enumerate(items, 1):
+        encoded = evals.encode_choices(tokenizer, question, choices)
+        try:
+            evals.fit(number, *encoded, context, len(tokenizer.bos))
+        except UserError as e:
+            raise UserError(f"{path}, {e}") from None
+
+
+def digests_of(files: dict[str, str]) -> dict[str, str]:
+    """What tells each file's content from another, and that of the tokenizer and its template."""
+    tokenizer = formats.load_tokenizer(files["weights"])
     says = tokenizer.digest() + tokenizer.template.source
-    digests = {"weights": formats.fingerprint(weights), "tokenizer": sha256(says.encode())}
+    digests = {"weights": formats.fingerprint(files["weights"]), "tokenizer": sha256(says.encode())}
     for what in ("data", "text", "choices"):
         digests[what] = sha256(pathlib.Path(files[what]).read_bytes())
-    dtype = compute_dtype(torch.bfloat16, "cpu")
-    return Real(files, digests, str(dtype).removeprefix("torch."))
+    return digests
 
 
 def sha256(content: bytes) -> str:
@@ -231,6 +295,12 @@ def cut(records: list[Record]) -> tuple[list[Record], list[Record], list[Record]
 def closed(records: list[Record]) -> list[Record]:
     """Those that may be compared word by word: their questions do not begin as open ones do."""
     return [record for record in records if not record[-2].text.startswith(OPEN)]
+
+
+def comparable(records: list[Record], tokenizer: Tokenizer, length: int) -> list[Example]:
+    """The examples of closed questions, without those that are longer than `length` tokens."""
+    examples, _ = encode(closed(records), tokenizer, sys.maxsize)
+    return [example for example in examples if len(example.tokens) <= length]
 
 
 def judge_choice(examples: list[Example], model: Llama) -> dict:

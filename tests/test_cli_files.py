@@ -78,6 +78,8 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, caps
     assert ending(capsys, lambda: new_file(tmp_path / "folder"))[0] == 2
     assert ending(capsys, lambda: new_file("/proc/nowhere/file"))[0] == 2
     assert ending(capsys, lambda: new_file(tmp_path / "folder" / "mine" / "file"))[0] == 2
+    assert "is a device" in ending(capsys, lambda: new_file("/dev/null"))[1]
+    assert "name too long" in ending(capsys, lambda: new_file(str(tmp_path / ("x" * 240))))[1]
     assert new_file(str(tmp_path / "new" / "file")) == tmp_path / "new" / "file"
     assert found(tmp_path) == {"folder": {"mine": b"1"}, "new": {}}
 

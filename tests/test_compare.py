@@ -6,12 +6,11 @@ import json
 import math
 import pathlib
 import random
-import statistics
 import sys
-import time
 
 import pytest
 import torch
+from helpers_compare import Here
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,14 +45,6 @@ SMALL = dataclasses.replace(
 )
 
 
-def test_ctrl_c_does_not_wait_for_the_jobs_that_are_queued():
-    queued = []
-    with pytest.raises(KeyboardInterrupt), jobs.pool_of(1) as pool:
-        queued += [pool.submit(time.sleep, 20) for _ in range(4)]
-        raise KeyboardInterrupt
-    assert not any(job.done() and not job.cancelled() and job.exception() is None for job in queued)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """(results of a comparison too short to learn anything, the calls of `judge_toy` it made)."""
@@ -70,36 +61,6 @@ def small(tmp_path_factory):
         patch.setattr(jobs, "concurrent", Here)
         patch.setattr(jobs, "prepare_worker", lambda: None)
         return compare.compare(SMALL, [1], 1, pathlib.Path("small.jobs")), judged
-
-
-class Here:
-    """Stands for the module concurrent: its pool runs everything at once in this process."""
-
-    class futures:
-        class ProcessPoolExecutor:
-            def __init__(self, *arguments, **options):
-                pass
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *error):
-                pass
-
-            def submit(self, function, *arguments):
-                return Done(function(*arguments))
-
-            map = staticmethod(map)
-
-        as_completed = staticmethod(list)
-
-
-class Done:
-    def __init__(self, value):
-        self.value = value
-
-    def result(self):
-        return self.value
 
 
 def people_of(records):
@@ -152,8 +113,9 @@ def test_the_chosen_rate_has_most_merit_and_none_that_diverged_is_chosen():
     rows = [dict(zip(("row", "lr", "merit"), values, strict=True)) for values in measured]
     for _ in range(5):
         assert plan.choose(random.sample(rows, len(rows))) == {"a": 3, "b": 1}
-    with pytest.raises(UserError, match="^a: all learning rates that were tried diverged"):
-        plan.choose([*rows[:1], *rows[4:]])
+    lost = [rows[0], {"row": "c", "lr": 2, "diverged": True}, *rows[4:]]
+    with pytest.raises(UserError, match="^a, c: all learning rates that were tried diverged"):
+        plan.choose(lost)
 
 
 @given(st.lists(st.floats(), min_size=1, max_size=3))
@@ -162,21 +124,25 @@ def test_what_is_not_a_finite_number_has_no_merit(scores):
     assert subjects.merit(*scores) == (scores if finite else None)
 
 
-def test_a_rate_that_diverges_ends_no_comparison_while_choosing(small, tmp_path, monkeypatch):
+def test_training_that_diverges_ends_no_comparison(small, tmp_path, monkeypatch, capsys):
     def diverging(*arguments):
         raise FloatingPointError("step 1: the loss is nan")
 
     monkeypatch.chdir(tmp_path)
     SMALL.subject.prepare(0)
     monkeypatch.setattr(compare, "adapt", diverging)
-    rows = compare.run(SMALL, compare.Job(0, "QLoRA", 1e3), None)
+    job = compare.Job(0, "QLoRA", 1e3)
     names = ["QLoRA", "QLoRA w/ GPTQ 3 bits", "QLoRA w/ GPTQ 2 bits"]
-    assert [(row["row"], row["lr"], row["merit"]) for row in rows] == [
-        (n, 1e3, None) for n in names
-    ]
-    compare.tell("1/1", rows)
-    with pytest.raises(FloatingPointError):
-        compare.run(SMALL, compare.Job(0, "QLoRA", 1e3), tuple(names))
+    for deployed, wanted in ((None, names), (tuple(names[1:]), names[1:])):
+        rows = compare.run(SMALL, job, deployed)
+        compare.tell("1/1", rows)
+        assert [(row["row"], row["lr"], row["diverged"]) for row in rows] == [
+            (name, 1e3, True) for name in wanted
+        ]
+        assert "QLoRA w/ GPTQ 2 bits: diverged\n" in capsys.readouterr().out
+        rest = [row for row in small[0]["rows"] if row["row"] not in names]
+        shown = comparison.table([*rest, *rows])
+        assert "QLoRA w/ GPTQ 2 bits diverged on seed 0, and is not in its means" in shown
 
 
 @given(st.integers(-6, 6), st.integers(-6, 6))
@@ -207,6 +173,23 @@ def test_rates_are_doubled_and_halved_until_the_best_has_a_worse_one_on_either_s
         assert min(tried) < rate < max(tried)
 
 
+def test_lower_rates_are_tried_while_all_diverge():
+    tried = []
+
+    def run_all(todo):
+        tried.extend(job.lr for job, _ in todo)
+        rows = []
+        for job, _ in todo:
+            found = {"merit": [job.lr]} if job.lr < 1e-3 else {"diverged": True}
+            rows.append([{"row": "a", "lr": job.lr, **found}])
+        return rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "main_jobs", lambda study, seed: [compare.Job(seed, "LoRA")])
+        rates, _ = compare.choose_rates(SMALL, run_all)
+    assert rates == {"a": 5e-4} and sorted(tried) == [2.5e-4, 5e-4, *SMALL.rates]
+
+
 def test_rates_are_not_tried_for_ever_and_the_last_one_is_not_chosen_in_silence(capsys):
     def run_all(todo):
         return [[{"row": "a", "lr": job.lr, "merit": [job.lr]}] for job, _ in todo]
@@ -217,33 +200,6 @@ def test_rates_are_not_tried_for_ever_and_the_last_one_is_not_chosen_in_silence(
     assert rates["a"] < compare.FACTOR * max(SMALL.rates) and len(rows) < 10
     said = f"a: the best learning rate, {rates['a']:g}, is the last of those tried\n"
     assert capsys.readouterr().out == said
-
-
-def test_a_finished_job_is_not_done_again_and_one_cut_off_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "concurrent", Here)
-    monkeypatch.setattr(jobs, "prepare_worker", lambda: None)
-    kept, ran, told = tmp_path / "kept", [], []
-
-    def run(number):
-        ran.append(number)
-        return [number, 2 * number]
-
-    def go(*numbers):
-        ran.clear()
-        named = {f"job {n}": (n,) for n in numbers}
-        with jobs.pool_of(1) as pool:
-            return jobs.run_and_keep(pool, kept, run, named, lambda *a: told.append(a))
-
-    assert go(1, 2) == {"job 1": [1, 2], "job 2": [2, 4]} and ran == [1, 2]
-    assert len(told) == 2 and told[1][1] == [2, 4]
-    assert "are done already" not in capsys.readouterr().out
-    assert go(2, 3, 1) == {"job 2": [2, 4], "job 3": [3, 6], "job 1": [1, 2]} and ran == [3]
-    assert f"2 of 3 jobs are done already, in {kept}" in capsys.readouterr().out
-    whole = kept.read_text()
-    for cut in (1, 5, len("job 3") + 2):
-        kept.write_text(whole[:-cut])
-        assert go(1, 2, 3)["job 3"] == [3, 6] and ran == [3]
-        assert go(1, 2, 3)["job 3"] == [3, 6] and ran == [], "the cut line spoiled the next"
 
 
 def test_a_job_of_other_settings_is_another_job(small, tmp_path, monkeypatch):
@@ -362,6 +318,8 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
         ("--plot results.json --text x", "would make another"),
         ("--weights folder", "needs --weights, --data, --text and --choices"),
         ("--quick --choices results.json", "needs --weights, --data, --text and --choices"),
+        ("--weights x --data results.json --text y --choices z --out results.json", "--data reads"),
+        ("--plot missing.json", "there is no missing.json"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_trained(
@@ -407,34 +365,6 @@ def test_trainable_parameters_are_counted_from_the_shapes(small):
         if "twice the rank" in row["row"]:
             factor *= 2
         assert row["trainable"] == factor * expected, row
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=6))
-def test_mean_and_spread_are_those_of_the_statistics_module(values):
-    measured = ("exact_match", "perplexity", *comparison.MEASURED)
-    rows = [{"row": "a", **dict.fromkeys(measured, value)} for value in values]
-    assert comparison.summary(rows)["a"].keys() == set(measured)
-    for mean, spread in comparison.summary(rows)["a"].values():
-        assert mean == pytest.approx(statistics.mean(values))
-        assert spread == pytest.approx(statistics.stdev(values))
-
-
-def test_differences_are_taken_seed_by_seed():
-    match = {
-        "QLoRA w/ GPTQ 2 bits": (0.4, 0.7),
-        "QA-LoRA 2 bits": (0.5, 0.9),
-        "QA-LoRA with scales 2 bits": (0.5, 1.0),
-        "QA-LoRA 2 bits, attention only": (0.5, 0.5),
-    }
-    rows = []
-    for name, values in match.items():
-        rows += [dict(row=name, seed=seed, exact_match=v) for seed, v in enumerate(values)]
-    assert comparison.differences(rows).splitlines() == [
-        "QA-LoRA 2 bits against QLoRA w/ GPTQ 2 bits: exact match +15.0 ± 7.1",
-        "QA-LoRA with scales 2 bits against QA-LoRA 2 bits: exact match +5.0 ± 7.1",
-        "QA-LoRA with scales 2 bits against QLoRA w/ GPTQ 2 bits: exact match +20.0 ± 14.1",
-        "QA-LoRA 2 bits, attention only against QA-LoRA 2 bits: exact match -20.0 ± 28.3",
-    ]
 
 
 def test_without_search_gptq_keeps_the_range_of_each_group(small, monkeypatch):

@@ -1,5 +1,7 @@
 """cli/subjects.py: what a real language model is tuned on, chosen by and judged by, and how."""
 
+import argparse
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,10 +12,11 @@ from helpers import exchange, quantized_llama, random_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
+import compare
 import evals
 import formats
 from baselines import NF4Linear, quantize_model_nf4
-from cli import subjects
+from cli import settings, subjects
 from cli.errors import UserError
 from formats.huggingface import save_pretrained
 from llama import CONFIGS, Llama, generate, linears
@@ -22,12 +25,22 @@ from qalora import add_adapters
 from quant import QuantLinear, quantize_model, save_quantized
 from text.batches import encode, encode_asking
 
+NAMES = ("weights", "data", "text", "choices")
+
 
 def records(count):
     rows = []
     for i in range(count):
         first = "Describe" if i % 3 else "What is"
         rows.append({"instruction": f"{first} number {i}", "input": "", "output": f"It is {i}."})
+    return rows
+
+
+def long(which):
+    """320 records, some with a question of more than 512 tokens."""
+    rows = records(320)
+    for i in which:
+        rows[i]["instruction"] += " and so on" * 300
     return rows
 
 
@@ -200,15 +213,114 @@ def test_a_subject_is_another_with_another_chat_template(files, toy_tokenizer):
         (
             1,
             json.dumps([{"instruction": "Name it.", "output": "It."}] * 300),
-            "none of its last 100",
+            "do not begin with Create, .* there are none",
         ),
+        (1, json.dumps(long(range(120))), "0 of the 120 records to tune on have an answer"),
+        (1, json.dumps(long(range(120, 175))), "45 of the 100 records to choose learning rates by"),
+        (1, json.dumps(long(range(222, 320, 3))), "of its last 100 questions, exact match"),
         (2, "", "is empty"),
         (3, '{"question": "x"}', "line 1"),
+        (3, json.dumps({"question": "x", "choices": ["a", "b " * 600], "answer": 0}), "question 1"),
     ],
 )
 def test_a_file_that_cannot_serve_is_the_users_mistake(files, which, content, said):
     if content.startswith("Some text"):
         files[1] = files[1].replace(".json", ".txt")
     pathlib.Path(files[which]).write_text(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as refused:
         subjects.real(*files)
+    assert files[which] in str(refused.value), "the file is named"
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_file_that_changes_while_jobs_run_ends_the_comparison(files, toy_tokenizer, which):
+    subject, file = subjects.real(*files), pathlib.Path(files[which % 4])
+    subject.material(0, choosing=True)
+    if which == 0:
+        torch.manual_seed(2)
+        save_pretrained(Llama(CONFIGS["tiny"]), file)
+    elif which == 4:
+        source = toy_tokenizer.alpaca_template.replace("### Response", "### Answer")
+        toy_tokenizer.with_template(source).save(pathlib.Path(files[0]))
+    else:
+        file.write_text(file.read_text() + "\n")
+    named = pathlib.Path(files[which % 4]).name
+    with pytest.raises(UserError, match=f"{named} has changed since the comparison began"):
+        subject.material(0, choosing=True)
+
+
+def test_what_is_cut_left_out_or_short_is_told(files, capsys):
+    rows = records(320)
+    rows[0]["output"] = "so on " * 600  # tokens beyond the 512th are cut
+    rows[130]["instruction"] += " and so on" * 300  # no answer is left
+    rows[300]["output"] = "so on " * 600  # a test question whose answer would be cut
+    rows.insert(7, {"instruction": "Nothing", "output": ""})
+    pathlib.Path(files[1]).write_text(json.dumps(rows))
+    subject = subjects.real(*files)
+    cut = f"{files[1]}: of the {{}}, 1 are longer than 512 tokens and cut, {{}} left out"
+    tokens = len(formats.load_tokenizer(files[0]).encode("Nelo Saru lives in a city. " * 40))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{files[1]}: 1 records without an answer left out (the first: line 1)",
+        cut.format("120 records to tune on", 0),
+        cut.format("100 records to choose learning rates by", 1),
+        cut.format("100 records of the test", 0),
+        f"{files[2]} is short: the perplexity is that of {tokens} tokens",
+    ]
+    tokenizer = formats.load_tokenizer(files[0])
+    test = subjects.cut(subjects.read_records(files[1]).records)[2]
+    compared = asked_in(subjects.comparable(test, tokenizer, 512), tokenizer)
+    assert compared == [i for i in range(220, 320) if i % 3 == 0 and i != 300]
+    assert len(subject.material(0, True).examples) == 120
+
+
+def test_examples_are_no_longer_than_the_models_context(files):
+    config = dataclasses.replace(CONFIGS["tiny"], max_position_embeddings=200)
+    save_pretrained(Llama(config), pathlib.Path(files[0]))
+    rows = records(320)
+    rows[0]["output"] = "so on " * 200
+    pathlib.Path(files[1]).write_text(json.dumps(rows))
+    subject = subjects.real(*files)
+    for choosing in (True, False):
+        lengths = [len(e.tokens) for e in subject.material(0, choosing).examples]
+        assert max(lengths) == lengths[0] == 200
+
+
+def study_of(files):
+    """The study of the command line with these files."""
+    return compare.study_of(argparse.Namespace(quick=False, **dict(zip(NAMES, files, strict=True))))
+
+
+@pytest.mark.parametrize("width, fits", [(64, "32 and 64"), (96, "32"), (48, "neither")])
+def test_groups_that_do_not_divide_the_layers_are_left_out_or_refused(files, capsys, width, fits):
+    sizes = dict(hidden_size=width, intermediate_size=width, num_attention_heads=2)
+    config = dataclasses.replace(CONFIGS["tiny"], num_key_value_heads=2, **sizes)
+    save_pretrained(Llama(config), pathlib.Path(files[0]))
+    if fits == "neither":
+        with pytest.raises(UserError, match="groups of 32, .* do not divide all of its layers"):
+            study_of(files)
+        return
+    study, whole = study_of(files), compare.REAL["ablations"]
+    said = "not all groups of the ablations divide its layers" in capsys.readouterr().out
+    assert said == (fits == "32")
+    assert study.ablations == (whole if fits == "32 and 64" else whole[1:])
+
+
+def test_weights_and_data_may_be_named_as_repositories(files, monkeypatch):
+    local = {"org/model": files[0], "org/data": files[1]}
+    for fetch in ("fetch_weights", "fetch_data"):
+        monkeypatch.setattr(settings, fetch, local.__getitem__)
+    named = study_of(["org/model", "org/data", *files[2:]])
+    assert named == study_of(files)
+
+
+def test_a_damaged_base_is_refused_with_what_to_do(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = study_of(files)
+    job = compare.Job(0, "QA-LoRA", 1e-3, 3, 32)
+    compare.prepare_base(study, job)
+    (folder,) = study.subject.folder(0).iterdir()
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=f"or remove {folder}, and it is made again"):
+        compare.quantized_base(study, job)
+    shutil.rmtree(folder)
+    assert len(linears(compare.quantized_base(study, job))) == 7 * CONFIGS["tiny"].num_hidden_layers
