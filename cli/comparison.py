@@ -125,10 +125,7 @@ def is_row(row: Any) -> bool:
 
 
 def plot(path: pathlib.Path) -> None:
-    """Prints a results' file; draws each metric against bits per weight beside it, as a .png.
-
-    As differences from LoRA on the same base. Ablations are left out.
-    """
+    """Prints a results' file; draws each metric against bits per weight beside it, as a .png."""
     rows = read_rows(path)
     print(table(rows) + "\n\n" + differences(rows))
     require_matplotlib()
@@ -142,27 +139,35 @@ def plot(path: pathlib.Path) -> None:
 
 
 def picture(rows: list[dict]) -> Any:
-    """A figure of matplotlib: every metric, as differences from LoRA on the same base."""
+    """A figure of matplotlib: every metric beside LoRA's on the same base."""
     from matplotlib.figure import Figure  # optional
 
     metrics = metrics_of(rows)
-    figure = Figure(figsize=(4.6 * len(metrics), 4.2), layout="constrained")
-    places = figure.subplots(1, len(metrics), squeeze=False)[0]
+    columns = 2 if len(metrics) == 4 else len(metrics)
+    lines = len(metrics) // columns
+    figure = Figure(figsize=(5 * columns, 4 * lines), layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).flat
     for axes, metric in zip(places, metrics, strict=True):
         draw(axes, rows, metric)
+    places[0].legend()
     return figure
 
 
 def draw(axes: Any, rows: list[dict], metric: str) -> None:
-    """Draws one line a method; `axes` are matplotlib's."""
+    """Draws one line a method, without ablations; `axes` are matplotlib's.
+
+    As differences from LoRA on the same base; of perplexities, ratios.
+    """
     heading, factor, _ = METRICS[metric]
+    is_ratio = metric == "perplexity"
     lora = {row["seed"]: row[metric] for row in rows if row["row"] == "LoRA"}
     points = {method: {} for method in METHODS}
     for row in rows:
         method = re.sub(r" [234] bits$", "", row["row"])
         if method in points and row["seed"] in lora:
             found = points[method].setdefault(row["bits_per_weight"], [])
-            found.append(factor * (row[metric] - lora[row["seed"]]))
+            beside = lora[row["seed"]]
+            found.append(row[metric] / beside if is_ratio else factor * (row[metric] - beside))
     for method, found in points.items():
         bits = sorted(found)
         if bits:
@@ -171,9 +176,12 @@ def draw(axes: Any, rows: list[dict], metric: str) -> None:
             axes.errorbar(bits, mean, bars, marker="o", capsize=3, label=method)
     unit = ", points" if factor == 100 else ""
     axes.set(xscale="log", xlabel="bits per weight of the deployed model")
-    axes.set(ylabel=f"{heading}{unit}, less LoRA's")
+    axes.set(ylabel=f"{heading} over LoRA's" if is_ratio else f"{heading}{unit}, less LoRA's")
+    if is_ratio:
+        axes.set(yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     lowest = axes.get_xlim()[0]
     ticks = [t for t in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 32) if t > lowest]
     axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.minorticks_off()
-    axes.legend()
+    axes.xaxis.minorticks_off()
