@@ -65,7 +65,7 @@ from cli.plan import (
     requantizations,
     row_of,
 )
-from cli.runs import adamw
+from cli.runs import adamw, kept_from_other_runs
 from cli.settings import fetched
 from cli.subjects import Material, Toy, real
 from evals import joined
@@ -377,7 +377,9 @@ def main() -> None:
     out = args.out or new_file(f"runs/compare{'-real' if args.weights else quick}.json")
     kept = new_file(f"{out}.jobs")
     seeds = args.seeds or (1 if args.quick else 3)
-    results = compare(study, list(range(1, 1 + seeds)), args.workers, kept)
+    kept.touch()
+    with kept_from_other_runs(kept):
+        results = compare(study, list(range(1, 1 + seeds)), args.workers, kept)
     with written_whole(out) as beside:
         beside.write_text(json.dumps(results, indent=1) + "\n")
     rows = results["rows"]

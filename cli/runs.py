@@ -83,7 +83,7 @@ def guarded(settings: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_from_other_runs(out: pathlib.Path) -> Iterator[None]:
-    """Locks the folder; raises UserError when another run is using it."""
+    """Locks a folder or a file; raises UserError when another run is using it."""
     folder = os.open(out, os.O_RDONLY)
     try:
         if machine.RANK == 0:
@@ -92,7 +92,7 @@ def kept_from_other_runs(out: pathlib.Path) -> Iterator[None]:
         raise UserError(
             f"another run is using {out}; wait for its end, or choose another --out"
         ) from e
-    except OSError:  # some network file systems cannot lock folders
+    except OSError:  # some network file systems cannot lock
         pass
     try:
         yield

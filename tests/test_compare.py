@@ -18,6 +18,7 @@ import compare
 import quant
 from cli import comparison, jobs, plan, subjects
 from cli.errors import UserError, run_command
+from cli.runs import kept_from_other_runs
 from llama import Llama, LlamaConfig
 from text.toy import make_world
 
@@ -336,6 +337,16 @@ def test_a_wrong_option_is_refused_before_anything_is_trained(
     assert e.value.code == 2 and said in capsys.readouterr().err
     left = sorted(f.name for f in tmp_path.rglob("*"))
     assert left == ["bench.json", "folder", "notes.txt", "results.json"]
+
+
+def test_two_comparisons_do_not_share_their_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--quick", "--out", "out.json"])
+    kept = pathlib.Path("out.json.jobs")
+    kept.touch()
+    with kept_from_other_runs(kept), pytest.raises(SystemExit):
+        run_command(compare.main)
+    assert f"another run is using {kept}" in capsys.readouterr().err
 
 
 def test_deployed_bits_are_codes_and_a_share_of_scale_and_offset(small):
