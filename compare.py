@@ -369,7 +369,6 @@ def main() -> None:
             parser.error("--plot draws a file that is there; the other options would make another")
         plot(args.plot)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that workers end
     if args.out:
         check_out(args.out, args)
     study = study_of(args)
@@ -379,6 +378,7 @@ def main() -> None:
     seeds = args.seeds or (1 if args.quick else 3)
     kept.touch()
     with kept_from_other_runs(kept):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that workers end
         results = compare(study, list(range(1, 1 + seeds)), args.workers, kept)
     with written_whole(out) as beside:
         beside.write_text(json.dumps(results, indent=1) + "\n")
