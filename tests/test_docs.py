@@ -15,6 +15,7 @@ import re
 import runpy
 import shlex
 import shutil
+import statistics
 
 import pytest
 import torch
@@ -183,6 +184,12 @@ def test_the_readmes_table_is_that_of_the_default_run():
     assert table(results["table"]) in shown
 
 
+ON_A_REAL_MODEL = (  # metric, factor, digits of the columns
+    ("loss", 1, 3),
+    ("exact_match", 100, 1),
+    ("multiple_choice", 100, 1),
+    ("perplexity", 1, 1),
+)
 RENAMED = {
     "base, not fine-tuned": "base",
     "LoRA, float32": "LoRA",
@@ -204,6 +211,34 @@ def test_the_comparisons_table_is_that_of_its_results():
         assert perplexity == "{:.3f} ± {:.3f}".format(*measured["perplexity"]), name
         assert bits == f"{measured['bits_per_weight'][0]:.3g}", name
         assert trainable == f"{measured['trainable'][0]:,.0f}", name
+
+
+def test_the_real_models_tables_are_its_results():
+    rows = json.loads((ROOT / "results" / "real.json").read_text())["rows"]
+    found, page = summary(rows), ROOT / "docs" / "results.md"
+    shown = rows_under(page, "| SmolLM2-135M |")
+    assert len(shown) == 23
+    for name, bits, *cells in shown:
+        measured = found[name]
+        assert bits == f"{measured['bits_per_weight'][0]:.3g}", name
+        for (metric, factor, digits), cell in zip(ON_A_REAL_MODEL, cells, strict=True):
+            mean, spread = measured[metric]
+            around = "" if spread is None else f" ± {factor * spread:.{digits}f}"
+            assert cell == f"{factor * mean:,.{digits}f}{around}", (name, metric)
+    by_name = {(row["row"], row["seed"]): row for row in rows}
+    worth = rows_under(page, "| on SmolLM2-135M |")
+    assert len(worth) == 8
+    for i, (title, *cells) in enumerate(worth):
+        methods = re.fullmatch("(QA-.*) against (Q.*): .*", title).groups()
+        metric, factor, digits = ON_A_REAL_MODEL[i % 4]
+        for bits, cell in zip((4, 3, 2), cells, strict=True):
+            ours, other = (
+                [factor * by_name[f"{method} {bits} bits", seed][metric] for seed in (1, 2, 3)]
+                for method in methods
+            )
+            gains = [a - b for a, b in zip(ours, other, strict=True)]
+            mean, spread = statistics.mean(gains), statistics.stdev(gains)
+            assert cell == f"{mean:+.{digits}f} ± {spread:.{digits}f}".replace("-", "−"), title
 
 
 def test_the_laptops_table_is_what_evals_py_printed():
