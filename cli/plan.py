@@ -222,7 +222,7 @@ def at_an_end(rows: list[dict]) -> dict[str, float]:
 def next_rates(rows: list[dict]) -> list[float]:
     """Half the least rate that was tried, or twice the greatest, where it was a best one.
 
-    Also half the least where some row diverged at all.
+    Also half the least while some row has diverged at every rate.
     """
     tried, best = {row["lr"] for row in rows}, at_an_end(rows).values()
     lost = {row["row"] for row in rows} - best_rates(rows).keys()
