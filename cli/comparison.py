@@ -49,10 +49,11 @@ def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
 
 def table(rows: list[dict]) -> str:
     """The summary as text; exact match and multiple choice in percent."""
-    metrics = metrics_of(judged(rows))
+    whole = judged(rows)
+    metrics = metrics_of(whole)
     headings = "".join(f"{METRICS[metric][0]:>17}" for metric in metrics)
     lines = [f"{'':48}{headings}  trainable  bits/weight  seconds"]
-    for name, measured in summary(judged(rows)).items():
+    for name, measured in summary(whole).items():
         scores = "".join(f"{in_words(metric, *measured[metric]):>17}" for metric in metrics)
         trainable, bits, seconds = (measured[m][0] for m in MEASURED)
         lines.append(f"{name:48}{scores}{trainable:11.0f}{bits:13.2f}{seconds:9.0f}")

@@ -18,8 +18,6 @@ class Here:
             def submit(self, function, *arguments):
                 return Done(function(*arguments))
 
-            map = staticmethod(map)
-
         as_completed = staticmethod(list)
 
 

@@ -25,8 +25,6 @@ from qalora import add_adapters
 from quant import QuantLinear, quantize_model, save_quantized
 from text.batches import encode, encode_asking
 
-NAMES = ("weights", "data", "text", "choices")
-
 
 def records(count):
     rows = []
@@ -287,7 +285,8 @@ def test_examples_are_no_longer_than_the_models_context(files):
 
 def study_of(files):
     """The study of the command line with these files."""
-    return compare.study_of(argparse.Namespace(quick=False, **dict(zip(NAMES, files, strict=True))))
+    named = dict(zip(compare.REAL_FILES, files, strict=True))
+    return compare.study_of(argparse.Namespace(quick=False, **named))
 
 
 @pytest.mark.parametrize("width, fits", [(64, "32 and 64"), (96, "32"), (48, "neither")])
