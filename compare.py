@@ -11,12 +11,13 @@ did best on examples held back from fine-tuning, on a seed that is not reported;
 or halved until the best has a worse one on either side. Ablations take the rate of their row. The
 test is met only after that, on fresh seeds.
 
-Finished jobs are kept beside the results, in OUT.jobs: a comparison that was interrupted goes on
-where it was, and one with other ablations of a method runs only that method again.
+Finished jobs are kept beside the results, in OUT.jobs, and bases in runs/compare-bases. So a
+comparison that was interrupted goes on where it was, and one with other ablations of a method runs
+only that method again.
 
-The toy study has a world, a tokenizer and a pretrained base for every seed, kept in runs/. Unlike
-train.py's, this base is dense: 24,000 bits of facts in 460,000 weights. So quantizing hurts it as
-it hurts a real LLaMA: hardly at 4 bits, a little at 3 and badly at 2. (Asked 300 of its facts in
+The toy study has a world, a tokenizer and a pretrained base for every seed. Unlike train.py's, this
+base is dense: 24,000 bits of facts in 460,000 weights. So quantizing hurts it as it hurts a real
+LLaMA: hardly at 4 bits, a little at 3 and badly at 2. (Asked 300 of its facts in
 its own words, one such base knew all; after GPTQ in groups of 8 it knew 99.7, 99.0 and 91.7 % at 4,
 3 and 2 bits; at 2 bits in groups of 16 and 32, 80.7 and 70.7 %. A base of a million weights and a
 third of the people hardly noticed 2 bits.) In groups of 8 the adapters see 16 pooled inputs; in a
