@@ -256,11 +256,10 @@ def training(
     def in_nf4(layer):
         return NF4Linear.from_weight(layer.weight.detach())
 
-    ours, with_scales = "ours: 4 bits, QA-LoRA", "ours: 4 bits, QA-LoRA with scales"
+    ours = "ours: 4 bits, QA-LoRA"
     blocks = {
         f"dense {dtype}, LoRA": adapted(dense),
         ours: adapted(quantized),
-        with_scales: adapted(quantized, scales=True),
         "ours: NF4, QLoRA": adapted(dense, replace=in_nf4),
         "bitsandbytes and peft: NF4, QLoRA": bitsandbytes_and_peft(dense, device),
     }
@@ -273,8 +272,7 @@ def training(
         for name, b in blocks.items():
             steps[name] = b and training_step(b, dense.config, tokens, dtype, device)
         plain = steps[ours]
-        steps |= {name: compiled(steps[name]) for name in (ours, with_scales)}
-        steps[f"{ours}, not compiled"] = plain
+        steps[ours], steps[f"{ours}, not compiled"] = compiled(plain), plain
         what = f"training step, one block of 7B, {tokens} tokens"
         for row in compare(what, steps, turns, device, least):
             row["peak bytes"] = peak = peak_memory(steps[row["name"]], device)

@@ -1,9 +1,9 @@
-"""Folding adapters into the quantized model: offset <- offset + s * B @ A, and scales if adapted.
+"""Folding adapters into the quantized model: offset <- offset + s * B @ A; nothing else changes.
 
     python merge.py runs/7b --out merged/7b
     python merge.py --base GPTQ_DIR --adapter PEFT_DIR --out merged/theirs    (formats/peft.py)
 
-The result has the same codes, needs no adapter, and returns the adapted model's bits.
+The result has the same codes and scales, needs no adapter, and returns the adapted model's bits.
 """
 
 import pathlib

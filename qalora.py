@@ -2,8 +2,8 @@
 
 LoRA adds s * B @ A @ x to a layer, with A as wide as the input. QA-LoRA lets A see only the sum of
 x over each group of the quantizer, so all that the adapter can do is move each group's offset, by
-s * B @ A. The layer below computes that offset (on request such a scale, too, which is our own) and
-multiplies by it; merging keeps it: the same numbers in the same operations, so the same bits.
+s * B @ A. The layer below computes that offset and multiplies by it; merging keeps it: the same
+numbers in the same operations, so the same bits.
 
 Dimension key: O outputs, I inputs, G groups, R rank.
 """
@@ -25,60 +25,40 @@ class QALoRALinear(nn.Module):
     y = x @ (scale * codes + offset + s * B @ A)^T
       = x @ (scale * codes + offset)^T + s * pool(x) @ A^T @ B^T
     with pool(x)[p] the sum of x over group p, lora_A [R, G], lora_B [O, R], s = alpha / rank:
-    algorithm 1 and section 3.3 of the paper. scales, which the paper has not: scale_A and scale_B,
-    of the same shapes, make scale * (1 + s * B @ A) of the scales, and merge as exactly.
+    algorithm 1 and section 3.3 of the paper.
     """
 
-    def __init__(self, base: QuantLinear, rank: int, alpha: float, scales: bool = False):
+    def __init__(self, base: QuantLinear, rank: int, alpha: float):
         super().__init__()
         self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
-        shape = (*base.offset.shape, rank, base.offset.device)
-        self.lora_A, self.lora_B = factors(*shape)
-        self.scale_A, self.scale_B = factors(*shape) if scales else (None, None)
+        self.lora_A, self.lora_B = factors(*base.offset.shape, rank, base.offset.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        scale, offset = self.effective_scale(), self.effective_offset()
-        return quant_matmul(x, self.base.packed, scale, offset, self.base.bits)
+        base = self.base
+        return quant_matmul(x, base.packed, base.scale, self.effective_offset(), base.bits)
 
     def effective_offset(self) -> Tensor:
         """offset + s * B @ A, float32 [O, G]. Both the forward pass and the merge call this."""
-        return self._changed(self.base.offset, self.lora_A, self.lora_B)
-
-    def effective_scale(self) -> Tensor:
-        """The base's, or scale * (1 + s * B @ A), rounded to what the base stores; [O, G]."""
-        scale = self.base.scale
-        if self.scale_A is None:
-            return scale
-        exact = scale * self._changed(torch.ones_like(self.base.offset), self.scale_A, self.scale_B)
-        # In all the rounded one, but with the gradient of the exact one
-        return exact + (exact.to(scale.dtype) - exact).detach()
-
-    def _changed(self, start, a, b):  # start + s * B @ A, float32 [O, G]
-        with torch.autocast(start.device.type, enabled=False):
-            return torch.addmm(start, b.float(), a.float(), alpha=self.scaling)
+        offset, a, b = self.base.offset, self.lora_A.float(), self.lora_B.float()
+        with torch.autocast(offset.device.type, enabled=False):
+            return torch.addmm(offset, b, a, alpha=self.scaling)
 
     @torch.no_grad()
     def merged(self) -> QuantLinear:
-        """The base layer, changed in place: effective offsets and scales replace its own."""
-        base = self.base
-        base.offset = self.effective_offset()
-        base.scale = self.effective_scale().to(base.scale.dtype)
-        return base
+        """The base layer, changed in place: the effective offset replaces its own."""
+        self.base.offset = self.effective_offset()
+        return self.base
 
 
 def add_adapters(
-    model: nn.Module,
-    rank: int,
-    alpha: float,
-    targets: Sequence[str] = LINEARS,
-    scales: bool = False,
+    model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = LINEARS
 ) -> nn.Module:
     """Freezes `model` and adapts its linear layers named in `targets`, in place; returns the model.
 
     A QuantLinear becomes a QALoRALinear, and where a model has some, its other layers stay frozen.
-    Where it has none, a float or NF4 linear becomes a LoRALinear, the baseline. scales: as in
-    QALoRALinear. Raises UserError as `check_targets` does, and where no layer can be adapted.
+    Where it has none, a float or NF4 linear becomes a LoRALinear, the baseline. Raises UserError as
+    `check_targets` does, and where no layer can be adapted.
     """
     check_targets(targets)
     model.requires_grad_(False)
@@ -87,9 +67,8 @@ def add_adapters(
     found = [(path, layer) for path, layer in linears(model, targets) if isinstance(layer, kind)]
     if not found:
         raise UserError(f"--targets {','.join(targets)}: none of them is quantized in groups here")
-    options = (scales,) if in_groups else ()
     for path, layer in found:
-        model.set_submodule(path, adapted(layer, rank, alpha, *options))
+        model.set_submodule(path, adapted(layer, rank, alpha))
     return model
 
 
@@ -102,5 +81,5 @@ def check_targets(targets: Sequence[str]) -> None:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters: {"model.layers.0.self_attn.q_proj.lora_A": parameter, ...}."""
-    factors = ("lora_A", "lora_B", "scale_A", "scale_B")
-    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in factors}
+    named = model.named_parameters()
+    return {name: p for name, p in named if name.endswith((".lora_A", ".lora_B"))}

@@ -360,7 +360,7 @@ def dense(
 
 
 def quant_matmul(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """y = x @ (scale * codes + offset)^T for a packed weight, differentiable in x, offset, scale.
+    """y = x @ (scale * codes + offset)^T for a packed weight, differentiable in x and offset.
 
     x: [..., I] float; packed: [O, packed_width(I, bits)] uint8; scale and offset: [O, G] float16
     or float32; result [..., O] in x's dtype. The weight is dequantized in float32, rounded once
@@ -377,7 +377,7 @@ def quant_matmul(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits:
 
 
 class QuantMatmul(torch.autograd.Function):
-    """`quant_matmul`. Saves packed, scale, offset and the pooled x (x itself if scales learn).
+    """`quant_matmul`. Saves packed, scale, offset and the pooled x, never x nor a dense weight.
 
     The offset's gradient is grad_y^T @ pool(x); pool(x) [N, G] is the sum of x over each group (the
     paper's algorithm 1). `kernels/` computes what the comment beside a call says, faster.
@@ -389,31 +389,28 @@ class QuantMatmul(torch.autograd.Function):
         x_NI = x.reshape(-1, x.shape[-1])
         # x @ dense(...)^T
         y_NO = kernels.matmul.product(x_NI, packed, scale, offset, bits, dense)
-        kept = x_NI if ctx.needs_input_grad[2] else None  # a scale's gradient takes all of x
-        if ctx.needs_input_grad[3] and kept is None:  # x.unflatten(1, (groups, -1)).sum(-1)
-            kept = kernels.matmul.pool(x_NI, scale.shape[1])
-        ctx.save_for_backward(packed, scale, offset, kept)
+        pooled_NG = None
+        if ctx.needs_input_grad[3]:  # x.unflatten(1, (groups, -1)).sum(-1)
+            pooled_NG = kernels.matmul.pool(x_NI, scale.shape[1])
+        ctx.save_for_backward(packed, scale, offset, pooled_NG)
         ctx.bits, ctx.x_shape = bits, x.shape
         return y_NO.view(*x.shape[:-1], len(packed))
 
     @staticmethod
     @once_differentiable  # the pooled input is a constant here: a second derivative would be wrong
     def backward(ctx, grad_y):
-        """[..., O] -> the gradients of x [..., I], and of scale and offset [O, G]."""
-        packed, scale, offset, kept = ctx.saved_tensors
+        """[..., O] -> the gradients of x [..., I] and of offset [O, G]."""
+        packed, scale, offset, pooled_NG = ctx.saved_tensors
         gy_NO = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_x = grad_scale = grad_offset = None
-        if ctx.needs_input_grad[2]:  # grad_w = grad_y^T @ x, in groups: grad_w * codes; grad_w
-            weight = packed, scale, ctx.bits, unpack
-            grad_scale, grad_offset = kernels.matmul.range_gradients(gy_NO, kept, *weight)
-        elif ctx.needs_input_grad[3]:
+        grad_x = grad_offset = None
+        if ctx.needs_input_grad[3]:
             # [G, O], then transposed: 2x faster than grad_y^T @ pool(x) where O > G (CPU)
-            grad_offset = (kept.t() @ gy_NO).t().to(offset.dtype)
+            grad_offset = (pooled_NG.t() @ gy_NO).t().to(offset.dtype)
         if ctx.needs_input_grad[0]:
             weight = packed, scale, offset, ctx.bits  # grad_y @ dense(...)
             gx_NI = kernels.matmul.input_gradient(gy_NO, *weight, ctx.x_shape[-1], dense)
             grad_x = gx_NI.view(ctx.x_shape)
-        return grad_x, None, grad_scale, grad_offset, None
+        return grad_x, None, None, grad_offset, None
 
 
 class QuantLinear(nn.Module):

@@ -121,8 +121,7 @@ def run(settings: Settings) -> None:
     model.model.checkpointing = bool(settings.checkpointing)
     weights = weights_in_words(model)
     torch.manual_seed(seed)
-    targets, scales = settings.targets.split(","), settings.adapt == "scales"
-    add_adapters(model, settings.rank, settings.alpha, targets, scales)
+    add_adapters(model, settings.rank, settings.alpha, settings.targets.split(","))
     if is_first:
         count = sum(p.numel() for p in adapter_parameters(model).values())
         print(f"fine-tuning {count:,} parameters beside {weights}, on {len(train)} examples")

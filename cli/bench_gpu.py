@@ -147,7 +147,6 @@ def pass_ratios(
         "dense, LoRA in bfloat16": adapted(dense, layers).to(dtype),  # the fastest that LoRA can be
         "dense, LoRA in float32": adapted(dense, layers),
         "ours: 4 bits, QA-LoRA": adapted(packed, layers),
-        "ours: 4 bits, QA-LoRA with scales": adapted(packed, layers, scales=True),
     }
     library = bitsandbytes_and_peft(dense, device, layers)
     rows = []

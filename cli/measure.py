@@ -258,13 +258,12 @@ def adapted(
     layers: int = 1,
     rank: int = RANK,
     replace: Callable | None = None,
-    scales: bool = False,
 ) -> nn.Module:
     """A copy of the first blocks with adapters; `replace` is applied to each linear first."""
     blocks = copy.deepcopy(model.model.layers[:layers])
     for path, layer in linears(blocks) if replace else ():
         blocks.set_submodule(path, replace(layer))
-    return add_adapters(blocks, rank, ALPHA, scales=scales)
+    return add_adapters(blocks, rank, ALPHA)
 
 
 def bitsandbytes_and_peft(model: nn.Module, device: str, layers: int = 1) -> nn.Module | None:

@@ -38,7 +38,6 @@ LASTING = (
     "group_size",
     "rank",
     "alpha",
-    "adapt",
     "targets",
     "lr",
     "clip",
@@ -352,7 +351,7 @@ def check_same_run(settings: Settings, identity: dict) -> None:
     if folder is None:
         return
     file = folder / "settings.json"
-    before = {"adapt": "offsets", **read_json(file)} if file.exists() else {}  # once the only way
+    before = read_json(file) if file.exists() else {}
     places = {
         "base": f"{settings.out}/base",
         "examples": f"--data {settings.data} or the chat template",

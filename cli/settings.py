@@ -54,7 +54,6 @@ class Settings:
     quantizer: str  # "gptq", or "rtn": rounding to nearest
     rank: int  # of the adapters
     alpha: float  # adapters are scaled by alpha / rank
-    adapt: str  # "offsets", as the paper does, or "scales": those too
     targets: str  # names of the adapted linear layers, with commas between them
     lr: float  # learning rate, constant
     clip: float  # a gradient with a greater norm is scaled down to this norm
@@ -130,7 +129,6 @@ def option_parser(description: str) -> Parser:
     add("--quantizer", choices=["gptq", "rtn"], help="gptq (the default), or rounding to nearest")
     add("--rank", type=size, help="rank of the adapters (64; tiny: 8)")
     add("--alpha", type=number, help="the adapters are scaled by alpha / rank (16)")
-    add("--adapt", choices=["offsets", "scales"], help="offsets (the paper's), or scales too")
     add("--targets", help="the layers that get one, such as q_proj,v_proj (all seven)")
     add("--lr", type=number, help="learning rate, constant (2e-5, above 13b 1e-5; tiny: 1.5e-3)")
     add("--clip", type=number, help="greatest norm of a step's gradient (0.3; tiny: 1)")
@@ -213,7 +211,6 @@ def recipe(given: dict) -> dict:
         group_size=32,
         quantizer="gptq",
         alpha=16.0,
-        adapt="offsets",
         targets=",".join(LINEARS),
         checkpointing=0,
         paged_optimizer=0,
@@ -319,8 +316,7 @@ def resumed(given: dict, parser: Parser) -> dict:
         )
     try:
         values = read_json(path)
-        values.setdefault("template")  # it is newer than the first runs, as is the next
-        values.setdefault("adapt", "offsets")
+        values.setdefault("template")  # it is newer than the first runs
         for field in dataclasses.fields(Settings):
             may_be_null = type(None) in typing.get_args(field.type)
             kept = field.name in values and (may_be_null or values[field.name] is not None)
@@ -387,7 +383,7 @@ def check(settings: Settings) -> None:
 
 def check_alone(values: dict, given: dict) -> None:
     """Raises UserError for what is wrong whatever the weights are; before anything is fetched."""
-    for name in ("bits", "group_size", "quantizer", "adapt"):
+    for name in ("bits", "group_size", "quantizer"):
         if name in given and values["method"] != "qalora":
             raise UserError(
                 f"{option(name)} has no effect with --method {values['method']}; leave it out"

@@ -1,4 +1,4 @@
-"""An adapter's folder: adapter.safetensors, and adapter.json with rank, alpha, targets, scales."""
+"""An adapter's folder: adapter.safetensors, and adapter.json with rank, alpha and targets."""
 
 import json
 import math
@@ -22,8 +22,6 @@ def save_adapter(model: nn.Module, folder: str | pathlib.Path, **origin) -> None
     first = next(iter(layers.values()))
     targets = sorted({name.rpartition(".")[2] for name in layers}, key=LINEARS.index)
     settings = {"rank": first.rank, "alpha": first.alpha, "targets": targets, **origin}
-    if getattr(first, "scale_A", None) is not None:
-        settings["scales"] = True
     with written_whole(folder) as beside:
         beside.mkdir()
         parameters = adapter_parameters(model)
@@ -42,16 +40,15 @@ def load_adapter(model: nn.Module, folder: str | pathlib.Path) -> dict:
         raise UserError(f"{path}: no such file; train the adapter again")
     settings = read_json(path)
     rank, alpha, targets = (settings.get(name) for name in ("rank", "alpha", "targets"))
-    scales = settings.get("scales", False)
     good_rank = type(rank) is int and rank > 0
     good_alpha = type(alpha) in (int, float) and 0 < alpha < math.inf
     good_targets = type(targets) is list and targets and all(t in LINEARS for t in targets)
-    if not (good_rank and good_alpha and good_targets and type(scales) is bool):
+    if not (good_rank and good_alpha and good_targets):
         raise UserError(
-            f"{path}: rank {rank}, alpha {alpha}, targets {targets}, scales {scales} are no "
-            "adapter's; train it again"
+            f"{path}: rank {rank}, alpha {alpha}, targets {targets} are no adapter's; "
+            "train it again"
         )
-    add_adapters(model, rank, alpha, targets, scales)
+    add_adapters(model, rank, alpha, targets)
     restore_adapter(model, folder)
     return settings
 

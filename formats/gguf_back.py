@@ -3,8 +3,7 @@
 Beside a base that came from a GGUF file stands gguf.safetensors: the header, every tensor that is
 no layer in groups, the heads of Q4_K blocks, and where all of it lay. A layer that was not tuned is
 written in its own kind of blocks, one that was as Q4_1, with the same codes. So what fine-tuning
-did not change comes out byte for byte, and a file of Q4_1 has the same bytes but for its offsets
-(and its scales, if the run adapted them).
+did not change comes out byte for byte, and a file of Q4_1 has the same bytes but for its offsets.
 """
 
 import functools

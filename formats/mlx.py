@@ -314,16 +314,13 @@ def write_back(
 ) -> list[str]:
     """Writes the folder that a model came from, with its layers as they are now; returns lines.
 
-    scales: None keeps each dtype but where it does not hold the numbers: those are float32. "f16"
+    scales: None keeps each dtype but that of biases that it does not hold: those are float32. "f16"
     and "f32" are for all scales and biases. Raises UserError where `rest` is damaged.
     """
     layers, dtypes = layers_in_groups(model), {}
     for name, (scale, bias) in dtypes_before(rest, layers).items():
-        layer = layers[name]
-        dtypes[name] = (
-            scale if holds(scale, layer.scale) else torch.float32,
-            bias if holds(bias, layer.offset) else torch.float32,
-        )
+        offset = layers[name].offset
+        dtypes[name] = scale, bias if holds(bias, offset) else torch.float32
     if scales:
         dtype = torch.float16 if scales == "f16" else torch.float32
         dtypes = dict.fromkeys(layers, (dtype, dtype))

@@ -90,26 +90,6 @@ def input_gradient(
     return gx.flatten(1)
 
 
-def range_gradients(
-    gy_NO: Tensor, x_NI: Tensor, packed: Tensor, scale: Tensor, bits: int, unpack: Callable
-) -> tuple[Tensor, Tensor]:
-    """(gradient of scale, of offset), [O, G]: the weight's, gy^T @ x, summed over each group.
-
-    That of the scale is multiplied by the codes before. The weight's is rounded to gy's dtype, sums
-    are in float32 at least. A cacheful of rows at a time; `unpack` is quant.py's.
-    """
-    wide, in_features = torch.promote_types(gy_NO.dtype, torch.float32), x_NI.shape[1]
-    grad_scale, grad_offset = torch.empty(2, *scale.shape, dtype=wide, device=scale.device)
-    rows_at_a_time = max(1, IN_CACHE // in_features)
-    for start in range(0, len(packed), rows_at_a_time):
-        rows = slice(start, start + rows_at_a_time)
-        grad_w = (gy_NO[:, rows].t() @ x_NI).to(wide).unflatten(1, (scale.shape[1], -1))
-        grad_offset[rows] = grad_w.sum(dim=-1)
-        codes = unpack(packed[rows], bits, in_features).view(grad_w.shape)
-        grad_scale[rows] = grad_w.mul_(codes).sum(dim=-1)
-    return grad_scale, grad_offset
-
-
 def dense_piece(
     packed: Tensor,
     scale: Tensor,
