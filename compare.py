@@ -7,9 +7,9 @@
 
 All methods see the same examples in the same order, for the same number of steps, with the same
 rank. What differs is the learning rate. Each row of the table takes the one whose deployed model
-did best on examples held back from fine-tuning, on a seed that is not reported; rates are doubled
-or halved until the best has a worse one on either side. Ablations take the rate of their row. The
-test is met only after that, on fresh seeds.
+has the least loss on examples held back from fine-tuning, on a seed that is not reported; rates are
+doubled or halved until the best has a worse one on either side. Ablations take the rate of their
+row. The test is met only after that, on fresh seeds.
 
 Finished jobs are kept beside the results, in OUT.jobs, and bases in runs/compare-bases. So a
 comparison that was interrupted goes on where it was, and one with other ablations of a method runs
@@ -154,7 +154,7 @@ def run(study: Study, job: Job, rows: tuple[str, ...] | None) -> list[dict]:
     model = material.model
     if job.method == "QLoRA":
         quantize_model_nf4(model)
-    if job.method.startswith("QA-LoRA"):
+    if job.method == "QA-LoRA":
         model = quantized_base(study, job, material)
     fitted = {"trainable": 0, "seconds": 0.0}
     if job.method != "base":
@@ -195,9 +195,8 @@ def prepare_base(study: Study, job: Job) -> None:
 def adapt(study: Study, job: Job, model: Llama, examples: list[Example]) -> dict[str, float]:
     """Adds adapters to `model` and trains them; returns their number and the CPU's seconds."""
     torch.manual_seed(job.seed)
-    scales = job.method == "QA-LoRA with scales"
     rank, alpha = job.ranks * study.rank, job.ranks * study.alpha
-    add_adapters(model, rank, alpha, job.targets, scales)
+    add_adapters(model, rank, alpha, job.targets)
     parameters = list(adapter_parameters(model).values())
     start = time.process_time()  # one thread a process, so this is the time on a quiet machine
     steps = fine_tune(

@@ -5,6 +5,7 @@ A job is one fine-tuning; a row is one deployed model. Nothing is computed here.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,6 @@ from cli.subjects import Real, Toy
 from llama import LINEARS
 
 CHOOSING_SEED = 0  # the learning rates are chosen here; seeds 1, 2, ... are reported
-OURS = ("QA-LoRA", "QA-LoRA with scales")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     """
 
     seed: int
-    method: str  # "base", "LoRA", "QLoRA", "QA-LoRA" or "QA-LoRA with scales"
+    method: str  # "base", "LoRA", "QLoRA" or "QA-LoRA"
     lr: float = 0.0
     bits: int = 0  # of QA-LoRA's base; the others' models are quantized afterwards, to all bits
     group_size: int = 0  # likewise
@@ -119,8 +119,7 @@ def order(rows: list[dict]) -> Callable[[dict], tuple]:
 def main_jobs(study: Study, seed: int) -> list[Job]:
     """The fine-tunings of the table, without their learning rates."""
     jobs = [Job(seed, "LoRA"), Job(seed, "QLoRA")]
-    for method in OURS:
-        jobs += [Job(seed, method, 0.0, bits, study.group_size) for bits in study.bits]
+    jobs += [Job(seed, "QA-LoRA", 0.0, bits, study.group_size) for bits in study.bits]
     return jobs
 
 
@@ -128,9 +127,7 @@ def ablation_jobs(study: Study, seed: int) -> list[Job]:
     """One change at a time. QLoRA's are trained only where that is not for the table already."""
     jobs = []
     for change in study.ablations:
-        for method in OURS:
-            if change.get("method", method) == method:
-                jobs.append(Job(seed, method, group_size=study.group_size)._replace(**change))
+        jobs.append(Job(seed, "QA-LoRA", group_size=study.group_size)._replace(**change))
         if retrains(change) and "method" not in change:
             jobs.append(Job(seed, "QLoRA")._replace(**change))
     return jobs
@@ -141,7 +138,7 @@ def base_jobs(study: Study, seeds: list[int]) -> list[Job]:
     jobs = []
     for seed in with_own_base(study, seeds):
         for job in main_jobs(study, seed) + ablation_jobs(study, seed):
-            if job.method in OURS:
+            if job.method == "QA-LoRA":
                 jobs.append(Job(seed, "GPTQ", 0.0, job.bits, job.group_size, job.search))
     return list(dict.fromkeys(jobs))
 
@@ -178,9 +175,9 @@ def name_of(study: Study, job: Job, rows: tuple[str, ...] | None) -> str:
 
 
 def choose(rows: list[dict]) -> dict[str, float]:
-    """{row: learning rate} of the most merit on what is held back for choosing.
+    """{row: learning rate} with the least loss on what is held back for choosing.
 
-    Raises UserError where none has any.
+    Raises UserError where no loss is finite.
     """
     best = best_rates(rows)
     lost = [name for name in dict.fromkeys(row["row"] for row in rows) if name not in best]
@@ -194,10 +191,11 @@ def choose(rows: list[dict]) -> dict[str, float]:
 
 
 def best_rates(rows: list[dict]) -> dict[str, float]:
-    """As `choose`, without the rows of which no rate has any merit."""
+    """As `choose`, without the rows whose losses all diverged."""
     best = {}
     for row in rows:
-        if row.get("merit") and row["merit"] >= best.get(row["row"], row)["merit"]:
+        loss = row.get("loss", math.inf)
+        if math.isfinite(loss) and loss <= best.get(row["row"], row)["loss"]:
             best[row["row"]] = row
     return {name: row["lr"] for name, row in best.items()}
 

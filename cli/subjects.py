@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import math
 import pathlib
 import sys
 from collections.abc import Callable
@@ -51,12 +50,7 @@ class Material(NamedTuple):
     model: Llama  # in float
     examples: list[Example]  # to fine-tune on
     calibration: Tensor  # [N, T] tokens for GPTQ
-    judge: Callable[[Llama], dict]  # metrics of a deployed model; when choosing also its `merit`
-
-
-def merit(*scores: float) -> list[float] | None:
-    """What learning rates are compared by, the first score first; None where one is not finite."""
-    return list(scores) if all(map(math.isfinite, scores)) else None
+    judge: Callable[[Llama], dict]  # metrics of a deployed model; when choosing only its loss
 
 
 # ---- worlds of invented people
@@ -111,10 +105,8 @@ def split(world: World) -> tuple[list[Record], list[Record]]:
 def judge_toy(tokenizer: Tokenizer, world: World, choosing: bool, model: Llama) -> dict:
     """The metrics of a deployed model: on the validation people when choosing, else on the test."""
     if choosing:
-        records = split(world)[1]
-        exact = evals.exact_match(model, tokenizer, records, 8)
-        loss = evals.response_loss(model, encode(records, tokenizer, MAX_LENGTH)[0], 64)
-        return {"exact_match": exact, "loss": loss, "merit": merit(exact, -loss)}
+        examples = encode(split(world)[1], tokenizer, MAX_LENGTH)[0]
+        return {"loss": evals.response_loss(model, examples, 64)}
     stream = token_stream(world.heldout, tokenizer)
     choices = evals.multiple_choice(model, tokenizer, world.choices, 256)
     return {
@@ -305,8 +297,7 @@ def comparable(records: list[Record], tokenizer: Tokenizer, length: int) -> list
 
 def judge_choice(examples: list[Example], model: Llama) -> dict:
     """The loss on the examples to choose by."""
-    loss = evals.response_loss(in_float(copy.deepcopy(model)), examples)
-    return {"loss": loss, "merit": merit(-loss)}
+    return {"loss": evals.response_loss(in_float(copy.deepcopy(model)), examples)}
 
 
 def in_float(model: Llama) -> Llama:

@@ -99,30 +99,18 @@ def test_judging_for_a_choice_reads_neither_test_choices_nor_held_out_text(
     monkeypatch.setattr(subjects, "make_world", lambda *a: world)
     world = make_world(0, toy.people)._replace(test=None, choices=None, heldout=None)
     model, _, _, judge = toy.material(0, choosing=True)
-    assert judge(model).keys() == {"exact_match", "loss", "merit"}
+    assert judge(model).keys() == {"loss"}
 
 
-def test_the_chosen_rate_has_most_merit_and_none_that_diverged_is_chosen():
-    measured = [
-        ("a", 4, None),
-        ("a", 1, [0.5, -1.0]),
-        ("a", 2, [0.6, -9.0]),
-        ("a", 3, [0.6, -8.0]),
-        ("b", 1, [0.1, -0.1]),
-        ("b", 2, [0.0, 0.0]),
-    ]
-    rows = [dict(zip(("row", "lr", "merit"), values, strict=True)) for values in measured]
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+def test_the_chosen_rate_has_the_least_loss_and_none_that_diverged_is_chosen(lost):
+    measured = [("a", 4, lost), ("a", 1, 0.5), ("a", 3, 0.4), ("b", 1, 0.1), ("b", 2, 0.2)]
+    rows = [dict(zip(("row", "lr", "loss"), values, strict=True)) for values in measured]
     for _ in range(5):
         assert plan.choose(random.sample(rows, len(rows))) == {"a": 3, "b": 1}
-    lost = [rows[0], {"row": "c", "lr": 2, "diverged": True}, *rows[4:]]
+    diverged = [rows[0], {"row": "c", "lr": 2, "diverged": True}, *rows[3:]]
     with pytest.raises(UserError, match="^a, c: all learning rates that were tried diverged"):
-        plan.choose(lost)
-
-
-@given(st.lists(st.floats(), min_size=1, max_size=3))
-def test_what_is_not_a_finite_number_has_no_merit(scores):
-    finite = all(-math.inf < score < math.inf for score in scores)
-    assert subjects.merit(*scores) == (scores if finite else None)
+        plan.choose(diverged)
 
 
 def test_training_that_diverges_ends_no_comparison(small, tmp_path, monkeypatch, capsys):
@@ -158,8 +146,8 @@ def test_rates_are_doubled_and_halved_until_the_best_has_a_worse_one_on_either_s
             tried.append(job.lr)
             made = []
             for name, rate in best.items():
-                merit = [-abs(math.log2(job.lr / rate))]
-                made.append({"row": name, "lr": job.lr, "merit": merit})
+                loss = abs(math.log2(job.lr / rate))
+                made.append({"row": name, "lr": job.lr, "loss": loss})
             found.append(made)
         return found
 
@@ -181,7 +169,7 @@ def test_lower_rates_are_tried_while_all_diverge():
         tried.extend(job.lr for job, _ in todo)
         rows = []
         for job, _ in todo:
-            found = {"merit": [job.lr]} if job.lr < 1e-3 else {"diverged": True}
+            found = {"loss": -job.lr} if job.lr < 1e-3 else {"diverged": True}
             rows.append([{"row": "a", "lr": job.lr, **found}])
         return rows
 
@@ -193,7 +181,7 @@ def test_lower_rates_are_tried_while_all_diverge():
 
 def test_rates_are_not_tried_for_ever_and_the_last_one_is_not_chosen_in_silence(capsys):
     def run_all(todo):
-        return [[{"row": "a", "lr": job.lr, "merit": [job.lr]}] for job, _ in todo]
+        return [[{"row": "a", "lr": job.lr, "loss": -job.lr}] for job, _ in todo]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "main_jobs", lambda study, seed: [compare.Job(seed, "LoRA")])
@@ -239,7 +227,7 @@ def test_every_base_is_made_once_before_the_jobs_that_share_it():
     shared = plan.base_jobs(real, [0, 1, 2])
     assert {job.seed for job in shared} == {0}, "a real model is the same for all seeds"
     rates = dict.fromkeys(["LoRA", "QLoRA"], 0.1)
-    for name in ("QLoRA w/ GPTQ", "QA-LoRA", "QA-LoRA with scales"):
+    for name in ("QLoRA w/ GPTQ", "QA-LoRA"):
         rates |= {f"{name} {bits} bits": 0.1 for bits in real.bits}
     jobs = plan.reported_jobs(real, [1, 2], rates)
     bases = [rows for job, rows in jobs if job.method == "base"]
@@ -253,12 +241,12 @@ def test_every_base_is_made_once_before_the_jobs_that_share_it():
 def test_every_method_bit_width_and_ablation_has_one_row_a_seed(small):
     results, _ = small
     table = ["base", "LoRA", "QLoRA"]
-    ours, in_groups = ("QA-LoRA", "QA-LoRA with scales"), ("GPTQ", "QLoRA w/ GPTQ")
-    for method in ("RTN", *in_groups, *ours):
+    in_groups = ("GPTQ", "QLoRA w/ GPTQ", "QA-LoRA")
+    for method in ("RTN", *in_groups):
         table += [f"{method} {bits} bits" for bits in (3, 2)]
-    ablations = [f"{method} 2 bits, groups of 16" for method in ("RTN", *in_groups, *ours)]
-    ablations += [f"{method} 2 bits, min-max ranges" for method in (*in_groups, *ours)]
-    for method in ("QLoRA", *[f"{name} 2 bits" for name in ("QLoRA w/ GPTQ", *ours)]):
+    ablations = [f"{method} 2 bits, groups of 16" for method in ("RTN", *in_groups)]
+    ablations += [f"{method} 2 bits, min-max ranges" for method in in_groups]
+    for method in ("QLoRA", "QLoRA w/ GPTQ 2 bits", "QA-LoRA 2 bits"):
         changes = ("attention only", "1/8 of the examples", "twice the rank")
         ablations += [f"{method}, {change}" for change in changes]
     assert sorted(row["row"] for row in results["rows"]) == sorted(table + ablations)
@@ -282,8 +270,6 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
         "QLoRA w/ GPTQ 2 bits": 0.4,
         "QA-LoRA 3 bits": 0.5,
         "QA-LoRA 2 bits": 0.6,
-        "QA-LoRA with scales 3 bits": 0.7,
-        "QA-LoRA with scales 2 bits": 0.8,
     }
 
     def used(job):
@@ -295,8 +281,6 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
         ("QLoRA", 0): [0.2, 0.3, 0.4],
         ("QA-LoRA", 3): [0.5],
         ("QA-LoRA", 2): [0.6],
-        ("QA-LoRA with scales", 3): [0.7],
-        ("QA-LoRA with scales", 2): [0.8],
     }
     for job in plan.ablation_jobs(SMALL, 1):
         # those of QLoRA are deployed as they are and at the bits of the ablation
@@ -372,9 +356,7 @@ def test_trainable_parameters_are_counted_from_the_shapes(small):
         if row["row"].startswith(("LoRA", "QLoRA")):
             group = 1
         expected = sum(SMALL.rank * (outputs + inputs // group) for outputs, inputs in layers)
-        factor = {"base": 0, "QA-LoRA with scales": 2}.get(row["method"], 1)
-        if "twice the rank" in row["row"]:
-            factor *= 2
+        factor = 2 if "twice the rank" in row["row"] else int(row["method"] != "base")
         assert row["trainable"] == factor * expected, row
 
 

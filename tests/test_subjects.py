@@ -77,7 +77,7 @@ def test_tuning_choosing_and_the_test_are_apart_and_choosing_leaves_the_test_alo
     assert asked_in(chosen.examples, tokenizer) == list(range(120))
     assert asked_in(reported.examples, tokenizer) == list(range(220))
     assert torch.equal(chosen.calibration, reported.calibration), "they share quantized bases"
-    assert chosen.judge(chosen.model) == {"loss": 1.0, "merit": [-1.0]}
+    assert chosen.judge(chosen.model) == {"loss": 1.0}
     reported.judge(reported.model)
     assert [asked_in(examples, tokenizer) for examples in judged] == [
         list(range(120, 220)),
