@@ -25,13 +25,18 @@ class QALoRALinear(nn.Module):
     y = x @ (scale * codes + offset + s * B @ A)^T
       = x @ (scale * codes + offset)^T + s * pool(x) @ A^T @ B^T
     with pool(x)[p] the sum of x over group p, lora_A [R, G], lora_B [O, R], s = alpha / rank:
-    algorithm 1 and section 3.3 of the paper.
+    algorithm 1 and section 3.3 of the paper. At rank "full", which the paper has not, there is no
+    A, and lora_B [O, G] moves each offset by itself.
     """
 
-    def __init__(self, base: QuantLinear, rank: int, alpha: float):
+    def __init__(self, base: QuantLinear, rank: int | str, alpha: float):
         super().__init__()
-        self.base, self.rank, self.alpha, self.scaling = base, rank, alpha, alpha / rank
-        self.lora_A, self.lora_B = factors(*base.offset.shape, rank, base.offset.device)
+        self.base, self.rank, self.alpha = base, rank, alpha
+        if rank == "full":
+            self.lora_A, self.lora_B = None, nn.Parameter(torch.zeros_like(base.offset))
+        else:
+            self.scaling = alpha / rank
+            self.lora_A, self.lora_B = factors(*base.offset.shape, rank, base.offset.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -40,9 +45,11 @@ class QALoRALinear(nn.Module):
 
     def effective_offset(self) -> Tensor:
         """offset + s * B @ A, float32 [O, G]. Both the forward pass and the merge call this."""
-        offset, a, b = self.base.offset, self.lora_A.float(), self.lora_B.float()
+        offset, b = self.base.offset, self.lora_B.float()
+        if self.lora_A is None:
+            return offset + b
         with torch.autocast(offset.device.type, enabled=False):
-            return torch.addmm(offset, b, a, alpha=self.scaling)
+            return torch.addmm(offset, b, self.lora_A.float(), alpha=self.scaling)
 
     @torch.no_grad()
     def merged(self) -> QuantLinear:
@@ -52,17 +59,19 @@ class QALoRALinear(nn.Module):
 
 
 def add_adapters(
-    model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = LINEARS
+    model: nn.Module, rank: int | str, alpha: float, targets: Sequence[str] = LINEARS
 ) -> nn.Module:
     """Freezes `model` and adapts its linear layers named in `targets`, in place; returns the model.
 
     A QuantLinear becomes a QALoRALinear, and where a model has some, its other layers stay frozen.
     Where it has none, a float or NF4 linear becomes a LoRALinear, the baseline. Raises UserError as
-    `check_targets` does, and where no layer can be adapted.
+    `check_targets` does, where no layer can be adapted, and for a baseline of full rank.
     """
     check_targets(targets)
     model.requires_grad_(False)
     in_groups = any(isinstance(layer, QuantLinear) for _, layer in linears(model))
+    if rank == "full" and not in_groups:
+        raise UserError("--rank full is for layers that are quantized in groups; give a number")
     kind, adapted = (QuantLinear, QALoRALinear) if in_groups else (nn.Module, LoRALinear)
     found = [(path, layer) for path, layer in linears(model, targets) if isinstance(layer, kind)]
     if not found:
@@ -81,5 +90,5 @@ def check_targets(targets: Sequence[str]) -> None:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters: {"model.layers.0.self_attn.q_proj.lora_A": parameter, ...}."""
-    named = model.named_parameters()
-    return {name: p for name, p in named if name.endswith((".lora_A", ".lora_B"))}
+    factors = ("lora_A", "lora_B")
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in factors}

@@ -32,16 +32,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
 
-def positive(kind: type) -> Callable:
-    """A converter for argparse that takes an int or a float above zero."""
+def positive(kind: type, *words: str) -> Callable:
+    """A converter for argparse that takes an int or a float above zero, or one of `words`."""
 
     def read(text):
+        if text in words:
+            return text
         value = kind(text)
         if not 0 < value < math.inf:
             raise ValueError
         return value
 
-    read.__name__ = f"{kind.__name__} above zero"  # argparse prints: invalid int above zero value
+    # argparse prints: invalid int above zero value
+    read.__name__ = " or ".join((f"{kind.__name__} above zero", *words))
     return read
 
 

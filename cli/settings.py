@@ -52,8 +52,8 @@ class Settings:
     bits: int  # of a code: 2, 3 or 4
     group_size: int  # inputs that share a scale and an offset
     quantizer: str  # "gptq", or "rtn": rounding to nearest
-    rank: int  # of the adapters
-    alpha: float  # adapters are scaled by alpha / rank
+    rank: int | str  # of the adapters, or "full"
+    alpha: float  # adapters are scaled by alpha / rank; one of full rank is not
     targets: str  # names of the adapted linear layers, with commas between them
     lr: float  # learning rate, constant
     clip: float  # a gradient with a greater norm is scaled down to this norm
@@ -127,7 +127,7 @@ def option_parser(description: str) -> Parser:
     add("--bits", type=int, choices=[2, 3, 4], help="bits of a code (4)")
     add("--group-size", type=size, help="inputs that share a scale and an offset (32)")
     add("--quantizer", choices=["gptq", "rtn"], help="gptq (the default), or rounding to nearest")
-    add("--rank", type=size, help="rank of the adapters (64; tiny: 8)")
+    add("--rank", type=positive(int, "full"), help="of the adapters, or full (64; tiny: 8)")
     add("--alpha", type=number, help="the adapters are scaled by alpha / rank (16)")
     add("--targets", help="the layers that get one, such as q_proj,v_proj (all seven)")
     add("--lr", type=number, help="learning rate, constant (2e-5, above 13b 1e-5; tiny: 1.5e-3)")
@@ -388,6 +388,9 @@ def check_alone(values: dict, given: dict) -> None:
             raise UserError(
                 f"{option(name)} has no effect with --method {values['method']}; leave it out"
             )
+    if values["rank"] == "full" and (values["method"] != "qalora" or "alpha" in given):
+        wrong = "--alpha" if "alpha" in given else f"--method {values['method']}"
+        raise UserError(f"--rank full has no {wrong}; leave out one of them")
     check_targets(values["targets"].split(","))
     if values["tokenizer"]:
         formats.load_tokenizer(values["tokenizer"])

@@ -40,7 +40,7 @@ def load_adapter(model: nn.Module, folder: str | pathlib.Path) -> dict:
         raise UserError(f"{path}: no such file; train the adapter again")
     settings = read_json(path)
     rank, alpha, targets = (settings.get(name) for name in ("rank", "alpha", "targets"))
-    good_rank = type(rank) is int and rank > 0
+    good_rank = rank == "full" or (type(rank) is int and rank > 0)
     good_alpha = type(alpha) in (int, float) and 0 < alpha < math.inf
     good_targets = type(targets) is list and targets and all(t in LINEARS for t in targets)
     if not (good_rank and good_alpha and good_targets):

@@ -20,6 +20,9 @@ from helpers_runs import (
 )
 from test_formats_damaged import Attack
 
+from formats import load_model
+from llama import linears
+
 
 def test_resuming_refuses_what_would_be_another_run(world, whole, tmp_path, monkeypatch):
     assert "nothing to resume" in refusal(monkeypatch, "--resume", "--out", tmp_path)
@@ -219,3 +222,17 @@ def test_a_checkpoint_that_is_a_link_is_resumed_and_only_the_link_goes(world, wh
     run(tmp_path / "log", ["--resume", "--out", str(out), "--steps", "8"])
     assert [path.name for path in out.glob("step-*")] == ["step-8"]
     assert (tmp_path / "elsewhere" / "optimizer.pt").exists()
+
+
+def test_a_run_of_full_rank_is_resumed_and_merged_to_the_same_bits(world, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tmp_path / "log", options(world, whole, rank="full", steps=4))
+    run(tmp_path / "log", options(world, parts, rank="full", steps=2))
+    run(tmp_path / "log", ["--resume", "--steps", "4", "--out", str(parts)])
+    assert adapter(parts) == adapter(whole)
+    assert json.loads((whole / "results.json").read_text())["bit_identical"] is True
+    base, tuned = load_model(whole / "base"), load_model(whole)  # with its adapter merged in
+    for (path, before), (_, after) in zip(linears(base), linears(tuned), strict=True):
+        assert torch.equal(before.packed, after.packed) and torch.equal(before.scale, after.scale)
+        moved = (before.offset != after.offset).float().mean()
+        assert moved > 0.9, f"{path}: only {moved:.0%} of the offsets moved"

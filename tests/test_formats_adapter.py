@@ -26,7 +26,7 @@ def randomized(model):
 @settings(max_examples=20)
 @given(
     st.lists(st.sampled_from(LINEARS), min_size=1, unique=True),
-    st.integers(1, 5),
+    st.integers(1, 5) | st.just("full"),
     st.sampled_from([1, 16, 0.5]),
 )
 def test_a_saved_adapter_comes_back_bit_for_bit(tmp_path_factory, targets, rank, alpha):
@@ -116,6 +116,7 @@ def test_a_missing_file_is_refused_by_name(saved, name):
         {"rank": 0},
         {"rank": -1},
         {"rank": "2"},
+        {"rank": "full"},
         {"rank": 2.0},
         {"rank": True},
         {"rank": None},

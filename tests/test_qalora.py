@@ -138,6 +138,60 @@ def test_training_changes_the_adapter_and_nothing_else():
     assert not torch.equal(layer.lora_B, before.lora_B)
 
 
+# ---- at full rank
+
+
+def full_layer(seed, rows, groups, group_size, bits):
+    """A QALoRALinear of full rank, with integers; alpha has no part in it."""
+    layer = QALoRALinear(quant_layer(seed, rows, groups, group_size, bits), "full", 77)
+    layer.lora_B.data = integers(seed + 4, -2, 2, rows, groups)
+    return layer
+
+
+@given(BITS, ROWS, GROUPS, GROUP_SIZES, SEEDS)
+def test_at_full_rank_every_offset_moves_by_a_parameter_of_its_own(
+    bits, rows, groups, group_size, seed
+):
+    """y = x @ (scale * codes + offset + B)^T and its gradients in float64; exact."""
+    layer = full_layer(seed, rows, groups, group_size, bits)
+    x = integers(seed + 5, -2, 2, 3, groups * group_size).requires_grad_()
+    grad = integers(seed + 6, -2, 2, 3, rows)
+    b, x_ = (t.detach().double().requires_grad_() for t in (layer.lora_B, x))
+    w = layer.base.dequantize().double() + b.repeat_interleave(group_size, 1)
+    expected = x_ @ w.t()
+    expected.backward(grad.double())
+    y = layer(x)
+    y.backward(grad)
+    assert list(adapter_parameters(layer)) == ["lora_B"]
+    for ours, exact in ((y, expected), (layer.lora_B.grad, b.grad), (x.grad, x_.grad)):
+        assert ours.dtype == torch.float32 and torch.equal(ours.double(), exact)
+
+
+@given(BITS, ROWS, GROUPS, GROUP_SIZES, RANKS, SEEDS, st.sampled_from([0.5, 1, 2]))
+def test_full_rank_holds_what_any_rank_has_learned(bits, rows, groups, group_size, rank, seed, s):
+    low = adapted_layer(seed, rows, groups, group_size, bits, rank, s * rank)
+    full = full_layer(seed, rows, groups, group_size, bits)
+    full.lora_B.data = s * low.lora_B @ low.lora_A
+    assert torch.equal(full.effective_offset(), low.effective_offset())
+
+
+@given(st.sampled_from(DTYPES), BITS, ROWS, GROUPS, GROUP_SIZES, SEEDS, st.floats(-20, 10))
+def test_a_layer_of_full_rank_begins_as_its_base_and_merges_to_the_same_bits(
+    dtype, bits, rows, groups, group_size, seed, magnitude
+):
+    base = quant_layer(seed, rows, groups, group_size, bits)
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, groups * group_size, generator=draw).to(dtype)
+    y, layer = base(x), QALoRALinear(base, "full", 16)
+    assert torch.equal(layer(x), y)
+    layer.lora_B.data = torch.randn(rows, groups, generator=draw) * 2.0**magnitude
+    layer.to(dtype)
+    codes, adapted = base.packed.clone(), layer(x)
+    merged = layer.merged()
+    assert torch.equal(merged(x), adapted) and torch.equal(merged.packed, codes)
+    assert merged.offset.dtype == torch.float32
+
+
 # ---- the baseline
 
 
@@ -174,6 +228,13 @@ def test_only_the_adapters_of_the_targets_are_trainable(targets, rank):
     left = {name.replace(".base.", "."): t for name, t in kept.items()}
     assert left.keys() == before.keys()
     assert same([left[name] for name in before], before.values())
+
+
+def test_a_baseline_has_no_full_rank():
+    model = Llama(TWO_LAYERS)
+    with pytest.raises(UserError, match="^--rank full is for layers .* in groups; give a number"):
+        add_adapters(model, "full", 16)
+    assert not adapter_parameters(model)
 
 
 def test_quantized_linears_get_qalora_and_float_ones_lora():

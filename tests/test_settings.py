@@ -199,6 +199,13 @@ def test_a_wrong_option_is_found_before_the_weights_are_fetched(
     assert "cannot be reached" not in message and str(value) in message
 
 
+@pytest.mark.parametrize("words", ["--method qlora", "--method lora", "--alpha 16"])
+def test_full_rank_is_for_qalora_and_needs_no_alpha(monkeypatch, words):
+    message = refusal(monkeypatch, "--model", "7b", "--rank", "full", *words.split())
+    assert f"--rank full has no {words.removesuffix(' 16')}; leave out one of them" in message
+    assert "invalid int above zero or full value: 'ful'" in refusal(monkeypatch, "--rank", "ful")
+
+
 def test_an_option_for_another_method_is_found_before_the_weights_are_fetched(monkeypatch):
     message = refusal(monkeypatch, "--model", "7b", "--method", "lora", "--bits", 2)
     assert "--bits has no effect with --method lora" in message
