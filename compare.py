@@ -53,6 +53,7 @@ from cli.jobs import call_all, pool_of, run_and_keep
 from cli.measure import bits_per_weight
 from cli.plan import (
     CHOOSING_SEED,
+    OURS,
     Job,
     Study,
     at_an_end,
@@ -112,7 +113,6 @@ FULL = Study(
         dict(bits=2, search=False),
         dict(bits=2, targets=ATTENTION),
         dict(bits=2, share=1 / 8),
-        dict(bits=2, ranks=2),
     ),
 )
 QUICK = dataclasses.replace(
@@ -134,7 +134,7 @@ REAL = dict(  # of a real language model, whose subject comes from the command l
     steps=125,
     batch_size=8,
     rates=(2.5e-4, 5e-4, 1e-3),
-    ablations=(dict(bits=4, group_size=64), dict(bits=2, ranks=2, method="QA-LoRA")),
+    ablations=(dict(bits=4, group_size=64),),
 )
 REAL_FILES = ("weights", "data", "text", "choices")
 FACTOR = 2**6  # learning rates are tried up to so many times the first ones, or a part of them
@@ -154,7 +154,7 @@ def run(study: Study, job: Job, rows: tuple[str, ...] | None) -> list[dict]:
     model = material.model
     if job.method == "QLoRA":
         quantize_model_nf4(model)
-    if job.method == "QA-LoRA":
+    if job.method in OURS:
         model = quantized_base(study, job, material)
     fitted = {"trainable": 0, "seconds": 0.0}
     if job.method != "base":
@@ -195,8 +195,8 @@ def prepare_base(study: Study, job: Job) -> None:
 def adapt(study: Study, job: Job, model: Llama, examples: list[Example]) -> dict[str, float]:
     """Adds adapters to `model` and trains them; returns their number and the CPU's seconds."""
     torch.manual_seed(job.seed)
-    rank, alpha = job.ranks * study.rank, job.ranks * study.alpha
-    add_adapters(model, rank, alpha, job.targets)
+    rank = "full" if job.method == "QA-LoRA at full rank" else study.rank
+    add_adapters(model, rank, study.alpha, job.targets)
     parameters = list(adapter_parameters(model).values())
     start = time.process_time()  # one thread a process, so this is the time on a quiet machine
     steps = fine_tune(

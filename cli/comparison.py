@@ -16,7 +16,7 @@ METRICS = {  # of a model: heading, factor, digits after the point
     "perplexity": ("perplexity", 1, 3),
 }
 MEASURED = ("trainable", "bits_per_weight", "seconds")
-METHODS = ("LoRA", "QLoRA", "QLoRA w/ GPTQ", "QA-LoRA")  # lines in a figure
+METHODS = ("LoRA", "QLoRA", "QLoRA w/ GPTQ", "QA-LoRA", "QA-LoRA at full rank")  # lines in a figure
 
 
 def judged(rows: list[dict]) -> list[dict]:
@@ -98,7 +98,8 @@ def opponents(name: str) -> list[str]:
     if name.startswith(("GPTQ", "RTN")):
         return []
     method, at_bits = re.fullmatch(r"(?s)(.*?)( [234] bits.*|,.*|)", name).groups()
-    found = [f"QLoRA w/ GPTQ{at_bits}"] if method == "QA-LoRA" else []
+    others = {"QA-LoRA": ["QLoRA w/ GPTQ"], "QA-LoRA at full rank": ["QA-LoRA", "QLoRA w/ GPTQ"]}
+    found = [other + at_bits for other in others.get(method, [])]
     plain = name.partition(",")[0]
     return found if plain == name else [plain, *found]
 

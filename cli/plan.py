@@ -14,6 +14,7 @@ from cli.subjects import Real, Toy
 from llama import LINEARS
 
 CHOOSING_SEED = 0  # the learning rates are chosen here; seeds 1, 2, ... are reported
+OURS = ("QA-LoRA", "QA-LoRA at full rank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +24,12 @@ class Study:
     subject: Toy | Real  # what the methods are compared on
     bits: tuple[int, ...]  # descending
     group_size: int  # inputs that share a scale and an offset
-    rank: int  # of all adapters
+    rank: int  # of all adapters but those of full rank
     alpha: float
     steps: int  # of fine-tuning
     batch_size: int  # examples in a step
     rates: tuple[float, ...]  # learning rates to begin with
-    ablations: tuple[dict, ...] = ()  # what changes in a Job, at its bits; of all methods, or one
+    ablations: tuple[dict, ...] = ()  # what changes in a Job, at its bits
 
     def describe(self) -> dict:
         """All of it, fit for JSON."""
@@ -43,14 +44,13 @@ class Job(NamedTuple):
     """
 
     seed: int
-    method: str  # "base", "LoRA", "QLoRA" or "QA-LoRA"
+    method: str  # "base", "LoRA", "QLoRA", "QA-LoRA" or "QA-LoRA at full rank"
     lr: float = 0.0
     bits: int = 0  # of QA-LoRA's base; the others' models are quantized afterwards, to all bits
     group_size: int = 0  # likewise
     search: bool = True  # of GPTQ's ranges
     targets: tuple[str, ...] = LINEARS
     share: float = 1.0  # of the fine-tuning examples
-    ranks: int = 1  # times the study's rank
 
 
 # ---- rows
@@ -68,8 +68,6 @@ def row_of(study: Study, job: Job) -> str:
         name += ", attention only"
     if job.share < 1:
         name += f", 1/{round(1 / job.share)} of the examples"
-    if job.ranks == 2:
-        name += ", twice the rank"
     return name
 
 
@@ -94,7 +92,7 @@ def requantizations(study: Study, job: Job, choosing: bool) -> list[Job]:
 
 def retrains(change: dict) -> bool:
     """Whether an ablation needs another adapter, even where the base is quantized afterwards."""
-    return not change.keys().isdisjoint(("targets", "share", "ranks"))
+    return not change.keys().isdisjoint(("targets", "share"))
 
 
 def deployed_rows(study: Study, job: Job, choosing: bool = False) -> list[str]:
@@ -119,7 +117,8 @@ def order(rows: list[dict]) -> Callable[[dict], tuple]:
 def main_jobs(study: Study, seed: int) -> list[Job]:
     """The fine-tunings of the table, without their learning rates."""
     jobs = [Job(seed, "LoRA"), Job(seed, "QLoRA")]
-    jobs += [Job(seed, "QA-LoRA", 0.0, bits, study.group_size) for bits in study.bits]
+    for method in OURS:
+        jobs += [Job(seed, method, 0.0, bits, study.group_size) for bits in study.bits]
     return jobs
 
 
@@ -127,8 +126,9 @@ def ablation_jobs(study: Study, seed: int) -> list[Job]:
     """One change at a time. QLoRA's are trained only where that is not for the table already."""
     jobs = []
     for change in study.ablations:
-        jobs.append(Job(seed, "QA-LoRA", group_size=study.group_size)._replace(**change))
-        if retrains(change) and "method" not in change:
+        for method in OURS:
+            jobs.append(Job(seed, method, group_size=study.group_size)._replace(**change))
+        if retrains(change):
             jobs.append(Job(seed, "QLoRA")._replace(**change))
     return jobs
 
@@ -138,7 +138,7 @@ def base_jobs(study: Study, seeds: list[int]) -> list[Job]:
     jobs = []
     for seed in with_own_base(study, seeds):
         for job in main_jobs(study, seed) + ablation_jobs(study, seed):
-            if job.method == "QA-LoRA":
+            if job.method in OURS:
                 jobs.append(Job(seed, "GPTQ", 0.0, job.bits, job.group_size, job.search))
     return list(dict.fromkeys(jobs))
 

@@ -41,7 +41,6 @@ SMALL = dataclasses.replace(
         dict(bits=2, search=False),
         dict(bits=2, targets=compare.ATTENTION),
         dict(bits=2, share=1 / 8),
-        dict(bits=2, ranks=2),
     ),
 )
 
@@ -227,7 +226,7 @@ def test_every_base_is_made_once_before_the_jobs_that_share_it():
     shared = plan.base_jobs(real, [0, 1, 2])
     assert {job.seed for job in shared} == {0}, "a real model is the same for all seeds"
     rates = dict.fromkeys(["LoRA", "QLoRA"], 0.1)
-    for name in ("QLoRA w/ GPTQ", "QA-LoRA"):
+    for name in ("QLoRA w/ GPTQ", *plan.OURS):
         rates |= {f"{name} {bits} bits": 0.1 for bits in real.bits}
     jobs = plan.reported_jobs(real, [1, 2], rates)
     bases = [rows for job, rows in jobs if job.method == "base"]
@@ -241,14 +240,13 @@ def test_every_base_is_made_once_before_the_jobs_that_share_it():
 def test_every_method_bit_width_and_ablation_has_one_row_a_seed(small):
     results, _ = small
     table = ["base", "LoRA", "QLoRA"]
-    in_groups = ("GPTQ", "QLoRA w/ GPTQ", "QA-LoRA")
+    in_groups = ("GPTQ", "QLoRA w/ GPTQ", *plan.OURS)
     for method in ("RTN", *in_groups):
         table += [f"{method} {bits} bits" for bits in (3, 2)]
     ablations = [f"{method} 2 bits, groups of 16" for method in ("RTN", *in_groups)]
     ablations += [f"{method} 2 bits, min-max ranges" for method in in_groups]
-    for method in ("QLoRA", "QLoRA w/ GPTQ 2 bits", "QA-LoRA 2 bits"):
-        changes = ("attention only", "1/8 of the examples", "twice the rank")
-        ablations += [f"{method}, {change}" for change in changes]
+    for method in ("QLoRA", *[f"{name} 2 bits" for name in in_groups[1:]]):
+        ablations += [f"{method}, attention only", f"{method}, 1/8 of the examples"]
     assert sorted(row["row"] for row in results["rows"]) == sorted(table + ablations)
     for row in results["rows"]:
         assert {"exact_match", "multiple_choice", "perplexity", *comparison.MEASURED} <= row.keys()
@@ -270,6 +268,8 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
         "QLoRA w/ GPTQ 2 bits": 0.4,
         "QA-LoRA 3 bits": 0.5,
         "QA-LoRA 2 bits": 0.6,
+        "QA-LoRA at full rank 3 bits": 0.7,
+        "QA-LoRA at full rank 2 bits": 0.8,
     }
 
     def used(job):
@@ -281,6 +281,8 @@ def test_no_model_is_fine_tuned_with_a_rate_that_none_of_its_rows_chose():
         ("QLoRA", 0): [0.2, 0.3, 0.4],
         ("QA-LoRA", 3): [0.5],
         ("QA-LoRA", 2): [0.6],
+        ("QA-LoRA at full rank", 3): [0.7],
+        ("QA-LoRA at full rank", 2): [0.8],
     }
     for job in plan.ablation_jobs(SMALL, 1):
         # those of QLoRA are deployed as they are and at the bits of the ablation
@@ -355,9 +357,10 @@ def test_trainable_parameters_are_counted_from_the_shapes(small):
         group = 16 if "groups of 16" in row["row"] else 8
         if row["row"].startswith(("LoRA", "QLoRA")):
             group = 1
-        expected = sum(SMALL.rank * (outputs + inputs // group) for outputs, inputs in layers)
-        factor = 2 if "twice the rank" in row["row"] else int(row["method"] != "base")
-        assert row["trainable"] == factor * expected, row
+        low = sum(SMALL.rank * (outputs + inputs // group) for outputs, inputs in layers)
+        full = sum(outputs * inputs // group for outputs, inputs in layers)
+        expected = {"base": 0, "QA-LoRA at full rank": full}.get(row["method"], low)
+        assert row["trainable"] == expected, row
 
 
 def test_without_search_gptq_keeps_the_range_of_each_group(small, monkeypatch):

@@ -32,6 +32,7 @@ def test_differences_are_taken_seed_by_seed():
     match = {
         "QLoRA w/ GPTQ 2 bits": (0.4, 0.7),
         "QA-LoRA 2 bits": (0.5, 0.9),
+        "QA-LoRA at full rank 2 bits": (0.5, 1.0),
         "QA-LoRA 2 bits, attention only": (0.5, 0.5),
     }
     rows = []
@@ -39,6 +40,8 @@ def test_differences_are_taken_seed_by_seed():
         rows += [dict(row=name, seed=seed, exact_match=v) for seed, v in enumerate(values)]
     assert comparison.differences(rows).splitlines() == [
         "QA-LoRA 2 bits against QLoRA w/ GPTQ 2 bits: exact match +15.0 ± 7.1",
+        "QA-LoRA at full rank 2 bits against QA-LoRA 2 bits: exact match +5.0 ± 7.1",
+        "QA-LoRA at full rank 2 bits against QLoRA w/ GPTQ 2 bits: exact match +20.0 ± 14.1",
         "QA-LoRA 2 bits, attention only against QA-LoRA 2 bits: exact match -20.0 ± 28.3",
     ]
 
