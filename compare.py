@@ -6,22 +6,23 @@
     python compare.py --plot results/compare.json  prints it again, draws results/compare.png
 
 All methods see the same examples in the same order, for the same number of steps, with the same
-rank. What differs is the learning rate. Each row of the table takes the one whose deployed model
-has the least loss on examples held back from fine-tuning, on a seed that is not reported; rates are
-doubled or halved until the best has a worse one on either side. Ablations take the rate of their
-row. The test is met only after that, on fresh seeds.
+rank, but for QA-LoRA at full rank, where each offset learns by itself. What differs is the learning
+rate. Each row of the table takes the one whose deployed model has the least loss on examples held
+back from fine-tuning, on a seed that is not reported; rates are doubled or halved until the best
+has a worse one on either side. Ablations take the rate of their row. The test is met only after
+that, on fresh seeds.
 
 Finished jobs are kept beside the results, in OUT.jobs, and bases in runs/compare-bases. So a
-comparison that was interrupted goes on where it was, and one with other ablations of a method runs
-only that method again.
+comparison that was interrupted goes on where it was, and one with another ablation runs that, and
+again only the jobs whose models it quantizes.
 
 The toy study has a world, a tokenizer and a pretrained base for every seed. Unlike train.py's, this
 base is dense: 24,000 bits of facts in 460,000 weights. So quantizing hurts it as it hurts a real
-LLaMA: hardly at 4 bits, a little at 3 and badly at 2. (Asked 300 of its facts in
-its own words, one such base knew all; after GPTQ in groups of 8 it knew 99.7, 99.0 and 91.7 % at 4,
-3 and 2 bits; at 2 bits in groups of 16 and 32, 80.7 and 70.7 %. A base of a million weights and a
-third of the people hardly noticed 2 bits.) In groups of 8 the adapters see 16 pooled inputs; in a
-LLaMA-7B they see 128 or more.
+LLaMA: hardly at 4 bits, a little at 3 and badly at 2. (Asked 300 of its facts in its own words, one
+such base knew all; after GPTQ in groups of 8 it knew 99.7, 99.0 and 91.7 % at 4, 3 and 2 bits; at 2
+bits in groups of 16 and 32, 80.7 and 70.7 %. A base of a million weights and a third of the people
+hardly noticed 2 bits.) In groups of 8 the adapters see 16 pooled inputs; in a LLaMA-7B they see 128
+or more.
 
 With --weights, a real language model is fine-tuned on all but the last 100 of the records, and
 judged on those, by the perplexity of a text, and on multiple-choice questions. All seeds share the
@@ -53,6 +54,7 @@ from cli.jobs import call_all, pool_of, run_and_keep
 from cli.measure import bits_per_weight
 from cli.plan import (
     CHOOSING_SEED,
+    FULL_RANK,
     OURS,
     Job,
     Study,
@@ -89,8 +91,13 @@ _DENSE = dict(
     max_position_embeddings=512,
     rms_norm_eps=1e-5,
 )
-_HALF = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2)
-_TWO_HEADS = dict(num_attention_heads=2, num_key_value_heads=2)
+_HALF = dict(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FULL = Study(
     subject=Toy(
@@ -118,7 +125,7 @@ FULL = Study(
 QUICK = dataclasses.replace(
     FULL,
     subject=Toy(
-        model=_DENSE | _HALF | _TWO_HEADS,
+        model=_DENSE | _HALF,
         people=300,
         pretraining=dict(steps=2000, lr=1e-2, batch_size=16, length=96, warmup=100),
     ),
@@ -137,7 +144,7 @@ REAL = dict(  # of a real language model, whose subject comes from the command l
     ablations=(dict(bits=4, group_size=64),),
 )
 REAL_FILES = ("weights", "data", "text", "choices")
-FACTOR = 2**6  # learning rates are tried up to so many times the first ones, or a part of them
+FACTOR = 2**6  # rates stay below so many times the greatest of the first, and above such a part
 
 
 # ---- one job
@@ -146,8 +153,8 @@ FACTOR = 2**6  # learning rates are tried up to so many times the first ones, or
 def run(study: Study, job: Job, rows: tuple[str, ...] | None) -> list[dict]:
     """Runs a job; returns a dict for every model deployed from it: row, job and measurements.
 
-    rows: the names of those to deploy; None while choosing, which is all of the table's. Of
-    training that diverges they say so, and nothing else.
+    rows: the names of those to deploy; None while choosing, which is all of the table's. Where
+    training diverges, the dicts say that instead.
     """
     choosing = rows is None
     material = study.subject.material(job.seed, choosing)
@@ -179,7 +186,7 @@ def quantized_base(study: Study, job: Job, material: Material | None = None) -> 
     name = f"gptq-{job.bits}-{job.group_size}-{'search' if job.search else 'min-max'}"
     folder = study.subject.folder(job.seed) / name
     if not (folder / "config.json").exists():
-        material = material or study.subject.material(job.seed, choosing=True)
+        material = material or study.subject.material(job.seed, choosing=True)  # or not: the same
         save_quantized(requantized(material.model, job, material.calibration), folder)
     try:
         return load_quantized(folder)
@@ -195,7 +202,7 @@ def prepare_base(study: Study, job: Job) -> None:
 def adapt(study: Study, job: Job, model: Llama, examples: list[Example]) -> dict[str, float]:
     """Adds adapters to `model` and trains them; returns their number and the CPU's seconds."""
     torch.manual_seed(job.seed)
-    rank = "full" if job.method == "QA-LoRA at full rank" else study.rank
+    rank = "full" if job.method == FULL_RANK else study.rank
     add_adapters(model, rank, study.alpha, job.targets)
     parameters = list(adapter_parameters(model).values())
     start = time.process_time()  # one thread a process, so this is the time on a quiet machine
@@ -221,7 +228,7 @@ def deployments(
     """(row, a function that makes its model) for all that is deployed; merges `model` meanwhile."""
     name = row_of(study, job)
     if job.method == "QLoRA":
-        yield name, lambda: model
+        yield name, lambda: model  # to be called at once: before it is merged
     if job.method != "base":
         merge(model)
     if job.method != "QLoRA":
@@ -243,17 +250,21 @@ def requantized(model: Llama, job: Job, calibration: Tensor | None) -> Llama:
 
 
 def choose_rates(study: Study, run_all: Callable) -> tuple[dict[str, float], list[dict]]:
-    """({row: learning rate}, the rows that were tried), none at the end of what was tried."""
+    """({row: learning rate}, the rows that were tried), none at an end of what was tried.
+
+    Where FACTOR stops the search before that, it is printed. Raises UserError as `choose` does.
+    """
     jobs = main_jobs(study, CHOOSING_SEED)
     low, high = min(study.rates) / FACTOR, max(study.rates) * FACTOR
-    waiting = {job: list(study.rates) for job in jobs}
+    waiting = dict.fromkeys(jobs, study.rates)
     rows = {job: [] for job in jobs}
     while waiting:
         todo = []
         for job, rates in waiting.items():
-            todo += [(job._replace(lr=lr), None) for lr in rates]
-        for (job, _), found in zip(todo, run_all(todo), strict=True):
-            rows[job._replace(lr=0.0)] += found
+            todo += [(job, lr) for lr in rates]
+        results = run_all([(job._replace(lr=lr), None) for job, lr in todo])
+        for (job, _), result in zip(todo, results, strict=True):
+            rows[job] += result
         waiting = {}
         for job in jobs:
             more = [lr for lr in next_rates(rows[job]) if low < lr < high]

@@ -25,8 +25,8 @@ class QALoRALinear(nn.Module):
     y = x @ (scale * codes + offset + s * B @ A)^T
       = x @ (scale * codes + offset)^T + s * pool(x) @ A^T @ B^T
     with pool(x)[p] the sum of x over group p, lora_A [R, G], lora_B [O, R], s = alpha / rank:
-    algorithm 1 and section 3.3 of the paper. At rank "full", which the paper has not, there is no
-    A, and lora_B [O, G] moves each offset by itself.
+    algorithm 1 and section 3.3 of the paper. At rank "full", which the paper has not, there is
+    neither A nor s: lora_B [O, G] is added to the offsets.
     """
 
     def __init__(self, base: QuantLinear, rank: int | str, alpha: float):
@@ -44,8 +44,8 @@ class QALoRALinear(nn.Module):
         return quant_matmul(x, base.packed, base.scale, self.effective_offset(), base.bits)
 
     def effective_offset(self) -> Tensor:
-        """offset + s * B @ A, float32 [O, G]. Both the forward pass and the merge call this."""
-        offset, b = self.base.offset, self.lora_B.float()
+        """offset + s * B @ A (or + B), float32 [O, G]. The forward pass and the merge call this."""
+        offset, b = self.base.offset, self.lora_B.float()  # .to(bfloat16) casts parameters, too
         if self.lora_A is None:
             return offset + b
         with torch.autocast(offset.device.type, enabled=False):
@@ -90,5 +90,5 @@ def check_targets(targets: Sequence[str]) -> None:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters: {"model.layers.0.self_attn.q_proj.lora_A": parameter, ...}."""
-    factors = ("lora_A", "lora_B")
-    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in factors}
+    ends = ("lora_A", "lora_B")
+    return {name: p for name, p in model.named_parameters() if name.endswith(ends)}

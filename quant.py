@@ -377,7 +377,7 @@ def quant_matmul(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits:
 
 
 class QuantMatmul(torch.autograd.Function):
-    """`quant_matmul`. Saves packed, scale, offset and the pooled x, never x nor a dense weight.
+    """`quant_matmul`. Saves packed, scale, offset and the pooled x; neither x nor a dense weight.
 
     The offset's gradient is grad_y^T @ pool(x); pool(x) [N, G] is the sum of x over each group (the
     paper's algorithm 1). `kernels/` computes what the comment beside a call says, faster.

@@ -339,7 +339,7 @@ def adapter_bytes(settings: Settings, model: Llama) -> int:
     numbers = 0
     for name, p in model.named_parameters():
         if name.split(".")[-2] in targets:
-            outputs, groups = len(p), p.shape[1] // pooled
+            outputs, width = len(p), p.shape[1] // pooled
             full = settings.rank == "full"
-            numbers += outputs * groups if full else settings.rank * (outputs + groups)
+            numbers += outputs * width if full else settings.rank * (outputs + width)
     return 4 * numbers

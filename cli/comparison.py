@@ -8,6 +8,7 @@ from typing import Any
 
 from cli.errors import UserError, require_matplotlib
 from cli.files import read_json, written_whole
+from cli.plan import FULL_RANK, OURS
 
 METRICS = {  # of a model: heading, factor, digits after the point
     "loss": ("loss", 1, 3),  # only of a real language model
@@ -16,7 +17,7 @@ METRICS = {  # of a model: heading, factor, digits after the point
     "perplexity": ("perplexity", 1, 3),
 }
 MEASURED = ("trainable", "bits_per_weight", "seconds")
-METHODS = ("LoRA", "QLoRA", "QLoRA w/ GPTQ", "QA-LoRA", "QA-LoRA at full rank")  # lines in a figure
+METHODS = ("LoRA", "QLoRA", "QLoRA w/ GPTQ", *OURS)  # lines in a figure
 
 
 def judged(rows: list[dict]) -> list[dict]:
@@ -98,7 +99,7 @@ def opponents(name: str) -> list[str]:
     if name.startswith(("GPTQ", "RTN")):
         return []
     method, at_bits = re.fullmatch(r"(?s)(.*?)( [234] bits.*|,.*|)", name).groups()
-    others = {"QA-LoRA": ["QLoRA w/ GPTQ"], "QA-LoRA at full rank": ["QA-LoRA", "QLoRA w/ GPTQ"]}
+    others = {"QA-LoRA": ["QLoRA w/ GPTQ"], FULL_RANK: ["QA-LoRA", "QLoRA w/ GPTQ"]}
     found = [other + at_bits for other in others.get(method, [])]
     plain = name.partition(",")[0]
     return found if plain == name else [plain, *found]

@@ -14,7 +14,8 @@ from cli.subjects import Real, Toy
 from llama import LINEARS
 
 CHOOSING_SEED = 0  # the learning rates are chosen here; seeds 1, 2, ... are reported
-OURS = ("QA-LoRA", "QA-LoRA at full rank")
+FULL_RANK = "QA-LoRA at full rank"
+OURS = ("QA-LoRA", FULL_RANK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Study:
     steps: int  # of fine-tuning
     batch_size: int  # examples in a step
     rates: tuple[float, ...]  # learning rates to begin with
-    ablations: tuple[dict, ...] = ()  # what changes in a Job, at its bits
+    ablations: tuple[dict, ...] = ()  # fields of a Job that change, and the bits at which
 
     def describe(self) -> dict:
         """All of it, fit for JSON."""
@@ -40,11 +41,12 @@ class Job(NamedTuple):
     """One fine-tuning, or none ("base"), and all that is deployed from it.
 
     The requantizations of QLoRA share one adapter, unless they prefer other learning rates. The
-    defaults are those of the table's rows.
+    defaults are those of the table's rows. A model that is quantized afterwards is a Job, too, with
+    the method "RTN", "GPTQ" or "QLoRA w/ GPTQ".
     """
 
     seed: int
-    method: str  # "base", "LoRA", "QLoRA", "QA-LoRA" or "QA-LoRA at full rank"
+    method: str  # "base", "LoRA", "QLoRA" or one of OURS
     lr: float = 0.0
     bits: int = 0  # of QA-LoRA's base; the others' models are quantized afterwards, to all bits
     group_size: int = 0  # likewise
@@ -72,7 +74,7 @@ def row_of(study: Study, job: Job) -> str:
 
 
 def requantizations(study: Study, job: Job, choosing: bool) -> list[Job]:
-    """The job as it is for every model that is quantized from a float one: method, bits and more.
+    """A Job for every model that is quantized afterwards: the base, by RTN too, or merged QLoRA.
 
     A change of what is adapted or learned from has been trained for; it is deployed at its bits.
     """
@@ -145,8 +147,10 @@ def base_jobs(study: Study, seeds: list[int]) -> list[Job]:
 
 def with_own_base(study: Study, seeds: list[int]) -> list[int]:
     """The seeds whose base no seed before them has."""
-    first = {study.subject.folder(seed): seed for seed in reversed(seeds)}
-    return [seed for seed in seeds if seed in first.values()]
+    first = {}
+    for seed in seeds:
+        first.setdefault(study.subject.folder(seed), seed)
+    return list(first.values())
 
 
 def reported_jobs(
@@ -177,7 +181,7 @@ def name_of(study: Study, job: Job, rows: tuple[str, ...] | None) -> str:
 def choose(rows: list[dict]) -> dict[str, float]:
     """{row: learning rate} with the least loss on what is held back for choosing.
 
-    Raises UserError where no loss is finite.
+    Raises UserError where a row has no finite loss.
     """
     best = best_rates(rows)
     lost = [name for name in dict.fromkeys(row["row"] for row in rows) if name not in best]
@@ -191,12 +195,12 @@ def choose(rows: list[dict]) -> dict[str, float]:
 
 
 def best_rates(rows: list[dict]) -> dict[str, float]:
-    """As `choose`, without the rows whose losses all diverged."""
+    """As `choose`, without the rows that have no finite loss."""
     best = {}
     for row in rows:
-        loss = row.get("loss", math.inf)
-        if math.isfinite(loss) and loss <= best.get(row["row"], row)["loss"]:
-            best[row["row"]] = row
+        name, loss = row["row"], row.get("loss", math.inf)
+        if math.isfinite(loss) and (name not in best or loss < best[name]["loss"]):
+            best[name] = row
     return {name: row["lr"] for name, row in best.items()}
 
 
@@ -207,22 +211,27 @@ def rated(study: Study, job: Job, rates: dict[str, float]) -> list[tuple[Job, tu
     """
     rows = {}
     for name in deployed_rows(study, job):
-        rows.setdefault(rates.get(name.partition(",")[0], 0.0), []).append(name)
+        lr = 0.0 if job.method == "base" else rates[name.partition(",")[0]]
+        rows.setdefault(lr, []).append(name)
     return [(job._replace(lr=lr), tuple(names)) for lr, names in sorted(rows.items())]
 
 
 def at_an_end(rows: list[dict]) -> dict[str, float]:
-    """{row: learning rate} of those that chose the least or the greatest rate that was tried."""
+    """{row: learning rate} of a job's rows that chose the least or the greatest rate tried."""
     tried = {row["lr"] for row in rows}
     return {name: lr for name, lr in best_rates(rows).items() if lr in (min(tried), max(tried))}
 
 
 def next_rates(rows: list[dict]) -> list[float]:
-    """Half the least rate that was tried, or twice the greatest, where it was a best one.
+    """Half the least rate that was tried for a job, or twice the greatest, where a row chose it.
 
     Also half the least while some row has diverged at every rate.
     """
-    tried, best = {row["lr"] for row in rows}, at_an_end(rows).values()
+    tried, ends = {row["lr"] for row in rows}, at_an_end(rows).values()
     lost = {row["row"] for row in rows} - best_rates(rows).keys()
-    more = [min(tried) / 2] if lost or min(tried) in best else []
-    return more + ([2 * max(tried)] if max(tried) in best else [])
+    more = []
+    if lost or min(tried) in ends:
+        more.append(min(tried) / 2)
+    if max(tried) in ends:
+        more.append(2 * max(tried))
+    return more

@@ -317,6 +317,8 @@ def resumed(given: dict, parser: Parser) -> dict:
     try:
         values = read_json(path)
         values.setdefault("template")  # it is newer than the first runs
+        if values.pop("adapt", "offsets") != "offsets":  # once, scales could learn
+            raise ValueError("scales no longer learn")
         for field in dataclasses.fields(Settings):
             may_be_null = type(None) in typing.get_args(field.type)
             kept = field.name in values and (may_be_null or values[field.name] is not None)
@@ -388,9 +390,10 @@ def check_alone(values: dict, given: dict) -> None:
             raise UserError(
                 f"{option(name)} has no effect with --method {values['method']}; leave it out"
             )
-    if values["rank"] == "full" and (values["method"] != "qalora" or "alpha" in given):
-        wrong = "--alpha" if "alpha" in given else f"--method {values['method']}"
-        raise UserError(f"--rank full has no {wrong}; leave out one of them")
+    if values["rank"] == "full" and values["method"] != "qalora":
+        raise UserError("--rank full is for --method qalora; give a number")
+    if values["rank"] == "full" and "alpha" in given:
+        raise UserError("--alpha has no effect with --rank full; leave it out")
     check_targets(values["targets"].split(","))
     if values["tokenizer"]:
         formats.load_tokenizer(values["tokenizer"])

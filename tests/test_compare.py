@@ -1,6 +1,5 @@
 """compare.py: rates are chosen without the test, numbers are what they are called, no row lacks."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -86,12 +85,11 @@ def test_the_learning_rates_are_chosen_without_the_test_and_on_a_seed_that_is_no
     )
     assert {row["seed"] for row in results["validation"]} == {compare.CHOOSING_SEED}
     assert {row["seed"] for row in results["rows"]} == {1}
-    assert not {"multiple_choice", "perplexity"} & results["validation"][0].keys()
+    for row in results["validation"]:
+        assert [metric for metric in comparison.METRICS if metric in row] == ["loss"]
 
 
-def test_judging_for_a_choice_reads_neither_test_choices_nor_held_out_text(
-    small, tmp_path, monkeypatch
-):
+def test_judging_for_a_choice_reads_neither_test_choices_nor_held_out_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     toy = SMALL.subject
     toy.prepare(0)
@@ -190,7 +188,7 @@ def test_rates_are_not_tried_for_ever_and_the_last_one_is_not_chosen_in_silence(
     assert capsys.readouterr().out == said
 
 
-def test_a_job_of_other_settings_is_another_job(small, tmp_path, monkeypatch):
+def test_a_job_of_other_settings_is_another_job(monkeypatch):
     seen = []
     monkeypatch.setattr(
         compare, "run_and_keep", lambda *a: seen.append(list(a[3])) or dict.fromkeys(a[3], [])
@@ -208,7 +206,7 @@ def test_a_job_of_other_settings_is_another_job(small, tmp_path, monkeypatch):
 
 
 def test_a_job_does_not_depend_on_the_others_beside_it():
-    """So that a comparison with another method or ablation does only what is new."""
+    """So that a comparison with another method or ablation leaves it as it is."""
     job = compare.Job(1, "QA-LoRA", 1e-3, 2, 8)
     fewer = dataclasses.replace(SMALL, ablations=(), rates=(1.0,))
     for rows in (None, ("a",)):
@@ -253,9 +251,12 @@ def test_every_method_bit_width_and_ablation_has_one_row_a_seed(small):
     assert json.loads(json.dumps(results))["rows"][0]["row"] == "base"
 
 
-def test_every_row_was_trained_with_the_rate_its_method_chose(small):
+def test_every_row_was_trained_with_the_rate_of_least_loss(small):
     results, _ = small
     assert results["rates"].keys() == {row["row"] for row in results["validation"]}
+    for name, lr in results["rates"].items():
+        losses = {row["lr"]: row["loss"] for row in results["validation"] if row["row"] == name}
+        assert losses[lr] == min(losses.values())
     for row in results["rows"]:
         assert row["lr"] == results["rates"].get(row["row"].partition(",")[0], 0.0), row
 
@@ -363,21 +364,36 @@ def test_trainable_parameters_are_counted_from_the_shapes(small):
         assert row["trainable"] == expected, row
 
 
-def test_without_search_gptq_keeps_the_range_of_each_group(small, monkeypatch):
+def test_a_jobs_search_reaches_gptq(monkeypatch):
     seen, gptq = [], quant.quantize_gptq
     monkeypatch.setattr(quant, "quantize_gptq", lambda *a: seen.append(a[4]) or gptq(*a))
     model = Llama(LlamaConfig(**SMALL.subject.model))
     tokens = torch.randint(512, (2, 32))
     for search in (True, False):
-        quant.quantize_model(copy.deepcopy(model), 2, 8, tokens, search=search)
+        compare.requantized(model, compare.Job(0, "GPTQ", 0.0, 2, 8, search), tokens)
     assert seen == [True] * 7 + [False] * 7
+
+
+def test_a_jobs_share_is_the_part_of_the_examples_that_it_learns_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SMALL.subject.prepare(0)
+    learned, adapt = [], compare.adapt
+
+    def listening(study, job, model, examples):
+        learned.append(len(examples))
+        return adapt(study, job, model, examples)
+
+    monkeypatch.setattr(compare, "adapt", listening)
+    for share in (1.0, 1 / 8):
+        compare.run(SMALL, compare.Job(0, "LoRA", 1e-3, share=share), ("LoRA",))
+    assert learned == [learned[0], round(learned[0] / 8)]
 
 
 def test_the_table_shows_every_row(small):
     results, _ = small
-    text = comparison.table(results["rows"])
-    assert len(text.splitlines()) == 1 + len(comparison.summary(results["rows"]))
-    assert "QA-LoRA 2 bits, attention only" in text
+    heading, *lines = comparison.table(results["rows"]).splitlines()
+    names = list(dict.fromkeys(row["row"] for row in results["rows"]))
+    assert [line[:48].rstrip() for line in lines] == names
 
 
 def test_the_figure_is_drawn(small, tmp_path):
@@ -386,6 +402,8 @@ def test_the_figure_is_drawn(small, tmp_path):
     path.write_text(json.dumps(small[0]))
     comparison.plot(path)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    axes = comparison.picture(small[0]["rows"]).axes[0]
+    assert axes.get_legend_handles_labels()[1] == list(comparison.METHODS)
 
 
 def test_without_matplotlib_the_figure_is_refused_by_its_name(small, tmp_path, monkeypatch):

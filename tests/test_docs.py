@@ -157,9 +157,18 @@ def test_the_picture_is_what_its_script_draws():
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "BENCHMARKS.md"], ids=lambda page: page.name)
-def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+def test_links_lead_to_files_and_their_headings(page):
+    for target, heading in re.findall(r"\]\(([^)#]+)#?([^)]*)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+            if heading:
+                assert heading in headings(page.parent / target), f"{target}#{heading}"
+
+
+def headings(page):
+    """The names by which GitHub links to a page's headings."""
+    lines = [line.lstrip("# ") for line in page.read_text().splitlines() if line.startswith("#")]
+    return [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines]
 
 
 # ---- tables

@@ -199,10 +199,13 @@ def test_a_wrong_option_is_found_before_the_weights_are_fetched(
     assert "cannot be reached" not in message and str(value) in message
 
 
-@pytest.mark.parametrize("words", ["--method qlora", "--method lora", "--alpha 16"])
-def test_full_rank_is_for_qalora_and_needs_no_alpha(monkeypatch, words):
-    message = refusal(monkeypatch, "--model", "7b", "--rank", "full", *words.split())
-    assert f"--rank full has no {words.removesuffix(' 16')}; leave out one of them" in message
+def test_full_rank_is_for_qalora_and_has_no_alpha(monkeypatch):
+    for words, said in (
+        ("--method qlora", "--rank full is for --method qalora; give a number"),
+        ("--method lora", "--rank full is for --method qalora; give a number"),
+        ("--alpha 16", "--alpha has no effect with --rank full; leave it out"),
+    ):
+        assert said in refusal(monkeypatch, "--model", "7b", "--rank", "full", *words.split())
     assert "invalid int above zero or full value: 'ful'" in refusal(monkeypatch, "--rank", "ful")
 
 
