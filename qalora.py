@@ -71,7 +71,7 @@ def add_adapters(
     model.requires_grad_(False)
     in_groups = any(isinstance(layer, QuantLinear) for _, layer in linears(model))
     if rank == "full" and not in_groups:
-        raise UserError("--rank full is for layers that are quantized in groups; give a number")
+        raise UserError("full rank is for layers that are quantized in groups; there are none here")
     kind, adapted = (QuantLinear, QALoRALinear) if in_groups else (nn.Module, LoRALinear)
     found = [(path, layer) for path, layer in linears(model, targets) if isinstance(layer, kind)]
     if not found:

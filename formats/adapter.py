@@ -70,6 +70,7 @@ def restore_adapter(model: nn.Module, folder: str | pathlib.Path) -> None:
         if wanted != found:
             raise UserError(
                 f"{path}: {name} is {found or 'missing'} where the model needs "
-                f"{wanted or 'none'}; it belongs to a model with other layers or another group size"
+                f"{wanted or 'none'}; it belongs to a model with other layers or another group "
+                "size, or has another rank"
             )
         parameters[name].data.copy_(tensors[name])
