@@ -391,7 +391,7 @@ def test_a_new_base_needs_room_beside_the_old_one(world, whole, tmp_path, monkey
         (dict(rank=32), torch.float32),
         (dict(method="lora", quantizer=None, rank=16), torch.float32),
         (dict(rank=32, targets="q_proj,v_proj"), torch.float32),
-        (dict(rank="full"), torch.float32),
+        (dict(rank="full", group_size=2), torch.float32),
         (dict(method="lora", quantizer=None, rank=16), torch.bfloat16),
         (dict(method="lora", quantizer=None, rank=16), "a QLoRA run"),
     ],
