@@ -144,7 +144,7 @@ REAL = dict(  # of a real language model, whose subject comes from the command l
     ablations=(dict(bits=4, group_size=64),),
 )
 REAL_FILES = ("weights", "data", "text", "choices")
-FACTOR = 2**6  # rates stay below so many times the greatest of the first, and above such a part
+FACTOR = 2**6  # rates stay within so many times the first ones, and such a part of them
 
 
 # ---- one job

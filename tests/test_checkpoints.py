@@ -236,3 +236,16 @@ def test_a_run_of_full_rank_is_resumed_and_merged_to_the_same_bits(world, tmp_pa
         assert torch.equal(before.packed, after.packed) and torch.equal(before.scale, after.scale)
         moved = (before.offset != after.offset).float().mean()
         assert moved > 0.9, f"{path}: only {moved:.0%} of the offsets moved"
+
+
+def test_a_run_from_when_scales_could_learn_is_resumed_unless_they_did(
+    world, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    run(tmp_path / "log", options(world, out, steps=1))
+    settings = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**settings, "adapt": "scales"}))
+    assert "scales no longer learn" in refusal(monkeypatch, "--resume", "--out", out)
+    (out / "run.json").write_text(json.dumps({**settings, "adapt": "offsets"}))
+    run(tmp_path / "log", ["--resume", "--steps", "2", "--out", str(out)])
+    assert json.loads((out / "run.json").read_text()) == settings | {"steps": 2}
