@@ -336,10 +336,10 @@ def adapter_bytes(settings: Settings, model: Llama) -> int:
     """How large an adapter is, in float32."""
     pooled = settings.group_size if settings.method == "qalora" else 1
     targets = settings.targets.split(",")
+    full = settings.rank == "full"
     numbers = 0
     for name, p in model.named_parameters():
         if name.split(".")[-2] in targets:
             outputs, width = len(p), p.shape[1] // pooled
-            full = settings.rank == "full"
             numbers += outputs * width if full else settings.rank * (outputs + width)
     return 4 * numbers

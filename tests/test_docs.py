@@ -245,9 +245,14 @@ def test_the_real_models_tables_are_its_results():
                 [factor * by_name[f"{method} {bits} bits", seed][metric] for seed in (1, 2, 3)]
                 for method in methods
             )
-            gains = [a - b for a, b in zip(ours, other, strict=True)]
-            mean, spread = statistics.mean(gains), statistics.stdev(gains)
-            assert cell == f"{mean:+.{digits}f} ± {spread:.{digits}f}".replace("-", "−"), title
+            assert cell == gain(ours, other, digits), title
+
+
+def gain(ours, other, digits):
+    """By how much some numbers are above others, as a table has it."""
+    gains = [a - b for a, b in zip(ours, other, strict=True)]
+    mean, spread = statistics.mean(gains), statistics.stdev(gains)
+    return f"{mean:+.{digits}f} ± {spread:.{digits}f}".replace("-", "−")
 
 
 def test_the_laptops_table_is_what_evals_py_printed():
@@ -305,9 +310,10 @@ def test_what_full_rank_is_worth_is_measured():
         if (row["on"], row["kind"], row["lr"]) in (FULL, PLAIN) and not changed:
             losses[row["kind"], row["bits"], row["seed"]] = row["loss"]
     for bits, cell in zip((3, 2), real[2:], strict=True):
-        gains = [losses["full", bits, seed] - losses["plain", bits, seed] for seed in (1, 2, 3)]
-        worth = f"{statistics.mean(gains):+.3f} ± {statistics.stdev(gains):.3f}"
-        assert cell == worth.replace("-", "−"), bits
+        full, plain = (
+            [losses[kind, bits, seed] for seed in (1, 2, 3)] for kind in ("full", "plain")
+        )
+        assert cell == gain(full, plain, 3), bits
 
 
 def test_the_memory_of_real_sizes_follows_from_their_shapes():

@@ -141,19 +141,13 @@ def test_training_changes_the_adapter_and_nothing_else():
 # ---- at full rank
 
 
-def full_layer(seed, rows, groups, group_size, bits):
-    """A QALoRALinear of full rank, with integers; alpha has no part in it."""
-    layer = QALoRALinear(quant_layer(seed, rows, groups, group_size, bits), "full", 77)
-    layer.lora_B.data = integers(seed + 4, -2, 2, rows, groups)
-    return layer
-
-
 @given(BITS, ROWS, GROUPS, GROUP_SIZES, SEEDS)
 def test_at_full_rank_every_offset_moves_by_a_parameter_of_its_own(
     bits, rows, groups, group_size, seed
 ):
-    """y = x @ (scale * codes + offset + B)^T and its gradients in float64; exact."""
-    layer = full_layer(seed, rows, groups, group_size, bits)
+    """y = x @ (scale * codes + offset + B)^T and its gradients in float64; exact, for any alpha."""
+    layer = QALoRALinear(quant_layer(seed, rows, groups, group_size, bits), "full", 77)
+    layer.lora_B.data = integers(seed + 4, -2, 2, rows, groups)
     x = integers(seed + 5, -2, 2, 3, groups * group_size).requires_grad_()
     grad = integers(seed + 6, -2, 2, 3, rows)
     b, x_ = (t.detach().double().requires_grad_() for t in (layer.lora_B, x))
