@@ -1,6 +1,6 @@
 """The paper's comparison: models fine-tuned by its methods and deployed at 4, 3 or 2 bits.
 
-    python compare.py                              the toy study, three seeds: 2 to 3 hours, 2 cores
+    python compare.py                              the toy study, three seeds: 1.5 hours, 2 cores
     python compare.py --quick                      a smaller world and model, no ablations: 3 min
     python compare.py --weights MODEL --data RECORDS.json --text FILE.txt --choices FILE.jsonl
     python compare.py --plot results/compare.json  prints it again, draws results/compare.png

@@ -236,7 +236,7 @@ def test_the_real_models_tables_are_its_results():
             assert cell == f"{factor * mean:,.{digits}f}{around}", (name, metric)
     by_name = {(row["row"], row["seed"]): row for row in rows}
     worth = rows_under(page, "| on SmolLM2-135M |")
-    assert len(worth) == 8
+    assert len(worth) == 12
     for i, (title, *cells) in enumerate(worth):
         methods = re.fullmatch("(QA-.*) against (Q.*): .*", title).groups()
         metric, factor, digits = ON_A_REAL_MODEL[i % 4]
@@ -251,8 +251,8 @@ def test_the_real_models_tables_are_its_results():
 def gain(ours, other, digits):
     """By how much some numbers are above others, as a table has it."""
     gains = [a - b for a, b in zip(ours, other, strict=True)]
-    mean, spread = statistics.mean(gains), statistics.stdev(gains)
-    return f"{mean:+.{digits}f} ± {spread:.{digits}f}".replace("-", "−")
+    around = f" ± {statistics.stdev(gains):.{digits}f}" if len(gains) > 1 else ""
+    return f"{statistics.mean(gains):+.{digits}f}{around}".replace("-", "−")
 
 
 def test_the_laptops_table_is_what_evals_py_printed():
@@ -292,28 +292,45 @@ def test_the_differences_are_those_of_the_results():
                 assert exact == f"exact match {cell.replace('−', '-')}", row
 
 
-FULL, PLAIN = ("SmolLM2-135M", "full", 2e-4), ("SmolLM2-135M", "plain", 2.5e-4)
-
-
 def test_what_full_rank_is_worth_is_measured():
-    rows = json.loads((ROOT / "results" / "compare.json").read_text())["rows"]
-    lines = dict(line.split(": ") for line in differences(rows).splitlines())
-    page = ROOT / "docs" / "results.md"
-    toy, real = rows_under(page, "| QA-LoRA at full rank against the low rank")
-    for bits, cell in zip((4, 3, 2), toy[1:], strict=True):
-        row = f"QA-LoRA at full rank {bits} bits against QA-LoRA {bits} bits"
-        assert lines[row].startswith(f"exact match {cell.replace('−', '-')},"), row
-    tried = (ROOT / "results" / "candidates.jsonl").read_text().splitlines()
-    losses = {}
-    for row in map(json.loads, tried):
-        changed = row.keys() & {"steps", "teach", "rank"}
-        if (row["on"], row["kind"], row["lr"]) in (FULL, PLAIN) and not changed:
-            losses[row["kind"], row["bits"], row["seed"]] = row["loss"]
-    for bits, cell in zip((3, 2), real[2:], strict=True):
-        full, plain = (
-            [losses[kind, bits, seed] for seed in (1, 2, 3)] for kind in ("full", "plain")
-        )
-        assert cell == gain(full, plain, 3), bits
+    shown = rows_under(ROOT / "docs" / "results.md", "| QA-LoRA at full rank against the low rank")
+    for name, words, cells in zip(("compare", "real"), ("exact match", "loss"), shown, strict=True):
+        rows = json.loads((ROOT / "results" / f"{name}.json").read_text())["rows"]
+        lines = dict(line.split(": ") for line in differences(rows).splitlines())
+        for bits, cell in zip((4, 3, 2), cells[1:], strict=True):
+            row = f"QA-LoRA at full rank {bits} bits against QA-LoRA {bits} bits"
+            assert f"{words} {cell.replace('−', '-')}," in lines[row], row
+
+
+PLAIN = dict(kind="plain", lr=2.5e-4)
+TRIED = {  # how a line begins: what was run, what it is compared with, on which seeds
+    "full rank": (dict(kind="full", lr=2e-4), PLAIN, (1, 2, 3)),
+    "A's rows orthonormal": (dict(kind="ortho", lr=2.5e-4), PLAIN, (1,)),
+    "B's rate 16 times": (dict(kind="lora+", lr=1.25e-4, ratio=16), PLAIN, (1,)),
+    "60 steps of the float model's outputs": (dict(PLAIN, teach=60), PLAIN, (1,)),
+    "60 steps more": (dict(PLAIN, steps=185), PLAIN, (1,)),
+    "rank 4 on average": (dict(PLAIN, kind="by-error", rank=4), dict(PLAIN, rank=4), (1,)),
+}
+RESULT = {"on", "bits", "seed", "n", "loss", "secs"}
+
+
+def test_what_was_tried_is_measured():
+    lines = (ROOT / "results" / "candidates.jsonl").read_text().splitlines()
+    run = [row for row in map(json.loads, lines) if row["on"] == "SmolLM2-135M"]
+
+    def losses(settings, bits, seeds):
+        same = [row for row in run if settings == {k: row[k] for k in row.keys() - RESULT}]
+        found = {row["seed"]: row["loss"] for row in same if row["bits"] == bits}
+        return [found[seed] for seed in seeds]
+
+    shown = rows_under(ROOT / "docs" / "results.md", "| tried on SmolLM2-135M")
+    shown = [row for row in shown if "(test, " not in row[0]]
+    for (title, *cells), (start, (ours, other, seeds)) in zip(shown, TRIED.items(), strict=True):
+        assert title.startswith(start)
+        for bits, cell in zip((3, 2), cells, strict=True):
+            if cell:
+                measured = gain(losses(ours, bits, seeds), losses(other, bits, seeds), 3)
+                assert cell == measured, (title, bits)
 
 
 def test_the_memory_of_real_sizes_follows_from_their_shapes():
