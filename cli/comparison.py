@@ -183,7 +183,7 @@ def draw(axes: Any, rows: list[dict], metric: str) -> None:
         axes.set(yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    lowest = axes.get_xlim()[0]
-    ticks = [t for t in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 32) if t > lowest]
+    lowest, highest = axes.get_xlim()
+    ticks = [t for t in (2, 3, 4, 5, 6, 7, 8, 9, 10, 16, 32) if lowest < t < highest]
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.xaxis.minorticks_off()
