@@ -333,6 +333,36 @@ def test_what_was_tried_is_measured():
                 assert cell == measured, (title, bits)
 
 
+GPTQ = {  # how a line begins, after its bits: what was run
+    "inputs in their own order": ("own", 0.01),
+    "large ones first": ("largest first", 0.01),
+    "large ones first, damping 0.001": ("largest first", 0.001),
+    "large ones first, damping 0.1": ("largest first", 0.1),
+}
+
+
+def test_what_gptq_is_worth_on_a_real_model_is_measured():
+    lines = (ROOT / "results" / "gptq.jsonl").read_text().splitlines()
+    found = {}
+    for row in map(json.loads, lines):
+        if row.keys().isdisjoint(("correction", "refit")):
+            run = row["bits"], row["order"], row["damping"]
+            found.setdefault(run, {})[row["slice"]] = row["perplexity"], row["loss"]
+    shown = rows_under(ROOT / "docs" / "results.md", "| | perplexity, three slices")
+    assert len(shown) == len(found) == 2 * len(GPTQ)
+    for title, *cells in shown:
+        bits, what = title.split(" bits, ")
+        slices = found[int(bits), *GPTQ[what]]
+        perplexities, losses = zip(*(slices[number] for number in (0, 1, 2)), strict=True)
+        digits = 1 if bits == "3" else 0
+        assert cells == [
+            ", ".join(f"{number:.{digits}f}" for number in perplexities),
+            f"{statistics.mean(perplexities):.{digits}f}",
+            ", ".join(f"{number:.2f}" for number in losses),
+            f"{statistics.mean(losses):.2f}",
+        ], title
+
+
 def test_the_memory_of_real_sizes_follows_from_their_shapes():
     rows = json.loads((ROOT / "results" / "gpu.json").read_text())["rows"]
     peaks = {(row["what"], row["name"]): row.get("peak bytes") for row in rows}
