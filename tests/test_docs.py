@@ -302,14 +302,19 @@ def test_what_full_rank_is_worth_is_measured():
             assert f"{words} {cell.replace('−', '-')}," in lines[row], row
 
 
-PLAIN = dict(kind="plain", lr=2.5e-4)
+PLAIN, FULL = dict(kind="plain", lr=2.5e-4), dict(kind="full", lr=2e-4)
 TRIED = {  # how a line begins: what was run, what it is compared with, on which seeds
-    "full rank": (dict(kind="full", lr=2e-4), PLAIN, (1, 2, 3)),
-    "A's rows orthonormal": (dict(kind="ortho", lr=2.5e-4), PLAIN, (1,)),
-    "B's rate 16 times": (dict(kind="lora+", lr=1.25e-4, ratio=16), PLAIN, (1,)),
-    "60 steps of the float model's outputs": (dict(PLAIN, teach=60), PLAIN, (1,)),
-    "60 steps more": (dict(PLAIN, steps=185), PLAIN, (1,)),
-    "rank 4 on average": (dict(PLAIN, kind="by-error", rank=4), dict(PLAIN, rank=4), (1,)),
+    "full rank": (FULL, PLAIN, (1, 2, 3)),
+    "A's rows orthonormal": (dict(PLAIN, kind="ortho"), PLAIN, (1, 2, 3)),
+    "B's rate 16 times": (dict(kind="lora+", lr=6.25e-5, ratio=16), PLAIN, (1,)),
+    "rank 4 on average": (dict(PLAIN, kind="by-error", rank=4), dict(PLAIN, rank=4), (1, 2, 3)),
+    "each offset's rate": (dict(FULL, kind="relfull"), FULL, (1,)),
+    "each layer's rate": (dict(FULL, kind="widthfull"), FULL, (1,)),
+    "60 steps of the float model's outputs": (dict(PLAIN, teach=60), PLAIN, (1, 2, 3)),
+    "60 steps more (one": (dict(PLAIN, steps=185), PLAIN, (1,)),
+    "60 steps more (three": (dict(PLAIN, steps=185), PLAIN, (1, 2, 3)),
+    "210 steps more": (dict(PLAIN, steps=335), PLAIN, (1, 2)),
+    "a base that GPTQ makes": (dict(PLAIN, damping=0.1), PLAIN, (1, 2, 3)),
 }
 RESULT = {"on", "bits", "seed", "n", "loss", "secs"}
 
